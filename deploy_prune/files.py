@@ -1,0 +1,146 @@
+"""Files are whole or absent: everything is written under a temporary name and renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deploy_prune.errors import ArtifactError, UnavailableError
+
+TEMPORARY = ".partial-"  # a killed writer leaves at most names that start so; nothing reads them
+_CHUNK = 1 << 20
+
+
+def _write_failed(path: Path, error: OSError) -> UnavailableError:
+    import errno
+
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free"
+    return UnavailableError(
+        "no space left on the device while writing" if full else f"cannot write ({error.strerror or error})",
+        where=str(path),
+        got=free or None,
+        remedy="Free some space or choose another output directory; nothing half-written was kept, "
+        "and `--resume` goes on from the last whole stage.",
+    )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block ends well, delete it otherwise.
+
+    Raises UnavailableError when the disk is full or the directory cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        os.chmod(temporary, 0o666 & ~_umask())
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise _write_failed(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """As `atomic_file`, for a directory; an existing `path` is replaced only when the new one is whole."""
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-old", dir=path.parent))
+            os.rename(path, old / path.name)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise _write_failed(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Write `data` as sorted, indented JSON, atomically: the same data is always the same bytes."""
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path | str, *, limit: int = 256 * 2**20) -> Any:
+    """Parse a JSON file; raises UnavailableError when it is missing, ArtifactError when it is not JSON."""
+    path = existing(path)
+    if path.stat().st_size > limit:
+        raise ArtifactError("JSON file is too large", where=str(path), expected=f"at most {limit} bytes",
+                            got=f"{path.stat().st_size} bytes", remedy="This is not a file deploy-prune wrote.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError("not valid JSON", where=str(path), got=str(error)[:200],
+                            remedy="The file is damaged; write it again.") from error
+
+
+def existing(path: Path | str, what: str = "file") -> Path:
+    """`path` as a Path; raises UnavailableError, naming the nearest existing parent, when nothing is there."""
+    path = Path(path)
+    if path.exists():
+        return path
+    parent = next((p for p in path.parents if p.exists()), Path("."))
+    raise UnavailableError(f"no such {what}", where=str(path), got=f"nearest existing directory is {parent}",
+                           remedy="Check the spelling, or give the location with --set or DEPLOY_PRUNE_DATA.")
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def remove_partial(directory: Path) -> None:
+    """Delete what killed writers left directly inside `directory`."""
+    for leftover in directory.glob(TEMPORARY + "*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,94 @@
+"""Fixtures every test file may use: tiny models with random weights, and the place of the real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the network
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: uses real weights and data; seconds to minutes")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Root of the real data (models/, imagenet/, glue/, wikitext2/, ...)."""
+    location = os.environ.get("DEPLOY_PRUNE_DATA")
+    if not location:
+        pytest.skip("DEPLOY_PRUNE_DATA is not set: no real data here")
+    return Path(location)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a seeded random value under which activations keep their size and no bias is zero.
+
+    Returns the same model in eval mode.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                is_norm_scale = "norm" in name.lower() and name.endswith("weight")
+                parameter.copy_(0.2 * noise + (1.0 if is_norm_scale else 0.0))
+            else:
+                parameter.copy_(noise / max(1, parameter[0].numel()) ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_vit() -> nn.Module:
+    """timm VisionTransformer, 32x32 RGB in, 5 classes; 2 blocks, width 48, 3 heads of 16, 96 neurons."""
+    from deploy_prune.architecture import Architecture
+
+    arguments: dict[str, Any] = dict(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5
+    )
+    return randomize(Architecture("timm", "vit_tiny_patch16_224", arguments).build())
+
+
+@pytest.fixture
+def tiny_bert() -> nn.Module:
+    """BertForSequenceClassification, 3 classes, vocabulary 99; 2 layers, width 32, 4 heads of 8, 48 neurons."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, num_labels=3, attn_implementation="sdpa",
+    )
+    return randomize(BertForSequenceClassification(config))
+
+
+@pytest.fixture
+def tiny_distilbert() -> nn.Module:
+    """DistilBertForSequenceClassification, 2 classes, vocabulary 99; 2 layers, width 32, 4 heads of 8, 48 neurons."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(
+        vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64, num_labels=2,
+        attn_implementation="sdpa",
+    )
+    return randomize(DistilBertForSequenceClassification(config))
+
+
+@pytest.fixture
+def tiny_llama() -> nn.Module:
+    """LlamaForCausalLM, vocabulary 99, tied; 2 layers, width 32, 4 query and 2 key-value heads of 8, 48 neurons."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
+    )
+    return randomize(LlamaForCausalLM(config))

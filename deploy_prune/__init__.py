@@ -1,0 +1,98 @@
+"""deploy-prune: one search, a whole family of compact ONNX transformers.
+
+The public names below are imported from their modules when first used, so that `import deploy_prune` costs
+nothing and the command line starts at once:
+
+    import deploy_prune as dp
+    model = dp.load_model("timm:vit_tiny_patch16_224@weights.safetensors")
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    # what is loaded
+    "load_model": "deploy_prune.sources",
+    "load_data": "deploy_prune.data",
+    "load_task": "deploy_prune.tasks",
+    "Task": "deploy_prune.tasks",
+    "Batch": "deploy_prune.tasks",
+    "Quality": "deploy_prune.tasks",
+    # what can be removed
+    "Site": "deploy_prune.units",
+    "UnitKind": "deploy_prune.units",
+    "find_sites": "deploy_prune.adapters",
+    # what is decided
+    "search": "deploy_prune.methods",
+    "SolutionPath": "deploy_prune.path",
+    "PrunePlan": "deploy_prune.plan",
+    "refit": "deploy_prune.refit",
+    "collect_moments": "deploy_prune.refit",
+    # what is made
+    "compact": "converters.surgery",
+    "save_pruned": "converters.checkpoint",
+    "load_pruned": "converters.checkpoint",
+    "export_onnx": "converters.onnx_export",
+    "check_parity": "converters.parity",
+    # what is measured and shipped
+    "measure": "bench.timing",
+    "verify": "deploy_prune.release.verify",
+    # a run as data
+    "Recipe": "deploy_prune.recipe",
+    "load_recipe": "deploy_prune.recipe",
+    "run_recipe": "deploy_prune.pipeline",
+    # what can go wrong
+    "DeployPruneError": "deploy_prune.errors",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from bench.timing import measure
+    from converters.checkpoint import load_pruned, save_pruned
+    from converters.onnx_export import export_onnx
+    from converters.parity import check_parity
+    from converters.surgery import compact
+    from deploy_prune.adapters import find_sites
+    from deploy_prune.data import load_data
+    from deploy_prune.errors import DeployPruneError
+    from deploy_prune.methods import search
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline import run_recipe
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.recipe import Recipe, load_recipe
+    from deploy_prune.refit import collect_moments, refit
+    from deploy_prune.release.verify import verify
+    from deploy_prune.sources import load_model
+    from deploy_prune.tasks import Batch, Quality, Task, load_task
+    from deploy_prune.units import Site, UnitKind
+
+
+def __getattr__(name: str) -> Any:
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})
+
+
+class _Package(ModuleType):
+    """Keeps `dp.refit` the function: importing the submodule `deploy_prune.refit` would bind the module over it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,8 +10,6 @@ nothing and the command line starts at once:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,8 +30,8 @@ _WHERE = {
     "search": "deploy_prune.methods",
     "SolutionPath": "deploy_prune.path",
     "PrunePlan": "deploy_prune.plan",
-    "refit": "deploy_prune.refit",
-    "collect_moments": "deploy_prune.refit",
+    "refit": "deploy_prune.refitting",
+    "collect_moments": "deploy_prune.refitting",
     # what is made
     "compact": "converters.surgery",
     "save_pruned": "converters.checkpoint",
@@ -67,7 +65,7 @@ if TYPE_CHECKING:
     from deploy_prune.pipeline import run_recipe
     from deploy_prune.plan import PrunePlan
     from deploy_prune.recipe import Recipe, load_recipe
-    from deploy_prune.refit import collect_moments, refit
+    from deploy_prune.refitting import collect_moments, refit
     from deploy_prune.release.verify import verify
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import Batch, Quality, Task, load_task
@@ -85,14 +83,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_WHERE})
-
-
-class _Package(ModuleType):
-    """Keeps `dp.refit` the function: importing the submodule `deploy_prune.refit` would bind the module over it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,199 @@
+"""Refit: the closed-form correction of the weights that stay, from moments of the dense model's activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deploy_prune.adapters import find_sites
+from deploy_prune.errors import ArtifactError, DataError, RefitError
+from deploy_prune.files import atomic_file, existing
+from deploy_prune.plan import PrunePlan
+from deploy_prune.progress import SILENT, Progress
+from deploy_prune.units import Site
+
+if TYPE_CHECKING:
+    from deploy_prune.signature import Signature
+    from deploy_prune.tasks.base import Batch
+
+# Relative to the mean diagonal. Chosen on held-out calibration images of ViT-Tiny: 1e-4 to 1e-2 are equal within
+# noise there; smaller overfits with few calibration tokens, larger gives up accuracy (bench/notes.md).
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """First and second moments of one output projection's input x over n tokens: Σx (d,) and Σxxᵀ (d, d), float64."""
+
+    count: int
+    mean: Tensor
+    second: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+Moments = Mapping[str, SiteMoments]
+
+
+class _Accumulator:
+    """Sums of x − s and (x − s)(x − s)ᵀ with s the first batch's mean, so that float32 products lose nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shift = self.first = self.product = torch.empty(0)
+
+    def add(self, x: Tensor) -> None:
+        """Take tokens x (n, d)."""
+        x = x.float()
+        if not self.count:
+            self.shift = x.mean(0)
+            self.first = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            self.product = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        centred = x - self.shift
+        self.count += len(x)
+        self.first += centred.sum(0, dtype=torch.float64)
+        self.product += (centred.T @ centred).double()
+
+    def result(self) -> SiteMoments:
+        shift = self.shift.double()
+        offset = self.first / self.count
+        mean = shift + offset
+        covariance = self.product / self.count - torch.outer(offset, offset)
+        return SiteMoments(self.count, mean.cpu(), (covariance + torch.outer(mean, mean)).cpu())
+
+
+@torch.no_grad()
+def collect_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], signature: Signature, *,
+                    progress: Progress = SILENT) -> dict[str, SiteMoments]:
+    """Stream calibration `batches` through the dense model; padding tokens are left out.
+
+    Memory: one (d, d) float64 matrix per site, never the activations. Raises DataError when there is no batch,
+    RefitError when activations are not finite.
+    """
+    sums = {site.name: _Accumulator() for site in sites}
+    valid: Tensor | None = None
+
+    def hook_for(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            sums[name].add(x[valid] if valid is not None else x.reshape(-1, x.shape[-1]))
+
+        return hook
+
+    handles = [model.get_submodule(s.out).register_forward_pre_hook(hook_for(s.name)) for s in sites]
+    device = next(model.parameters()).device
+    mask_name = next((spec.name for spec in signature.inputs if spec.role == "mask"), None)
+    try:
+        for batch in batches:
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+            valid = inputs[mask_name].bool() if mask_name else None
+            signature.call(model, inputs)
+            progress.advance(len(next(iter(inputs.values()))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(not s.count for s in sums.values()):
+        raise DataError("no calibration data for the refit", remedy="Give the task calibration data.")
+    moments = {name: s.result() for name, s in sums.items()}
+    bad = [name for name, m in moments.items() if not torch.isfinite(m.second).all()]
+    if bad:
+        raise RefitError("activations are not finite", problems=bad, remedy="Check the model and its inputs.")
+    return moments
+
+
+def refit_output(moments: SiteMoments, weight: Tensor, kept: Tensor, ridge: float, *,
+                 centred: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights and bias shift that best replace the removed inputs of an output projection.
+
+    Least squares over the calibration tokens (CORP, arXiv 2602.05243):
+        B = Σ_PS (Σ_SS + λI)⁻¹,   W̃ = W_S + W_P B,   Δb = W_P (μ_P − B μ_S)
+    with λ = `ridge` · mean diag Σ_SS. `weight` is (out, in), `kept` boolean (in,); the results, (out, kept) and (out,),
+    are float64. For a layer without bias pass `centred=False`: second moments about zero take the place of Σ and
+    Δb = 0. Raises RefitError when Σ_SS + λI is not positive definite.
+    """
+    S, P = kept, ~kept
+    Σ = moments.covariance if centred else moments.second
+    Σ_SS, Σ_PS = Σ[S][:, S], Σ[P][:, S]
+    λ = ridge * Σ_SS.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(Σ_SS + λ * torch.eye(len(Σ_SS), dtype=Σ.dtype))
+    if failed:
+        raise RefitError("the kept activations' moment matrix is not positive definite", got=f"ridge {ridge:g}",
+                         remedy="Use more calibration examples or a larger ridge (refit.ridge).")
+    B = torch.cholesky_solve(Σ_PS.T, factor).T
+    W = weight.double().cpu()
+    W_S, W_P = W[:, S], W[:, P]
+    μ_S, μ_P = moments.mean[S], moments.mean[P]
+    shift = W_P @ (μ_P - B @ μ_S) if centred else torch.zeros(len(W), dtype=torch.float64)
+    return W_S + W_P @ B, shift
+
+
+@torch.no_grad()
+def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float = RIDGE) -> nn.Module:
+    """A dense-shaped copy of `model` whose output projections make up for the units that `plan` removes.
+
+    Its masked form and `compact(copy, plan, check_weights=False)` are the plan's refitted model.
+    Raises PlanError, RefitError; ArtifactError when the moments are of another model.
+    """
+    sites = find_sites(model)
+    plan.validate_for(sites)
+    result = copy.deepcopy(model)
+    for site in sites:
+        layer = result.get_submodule(site.out)
+        assert isinstance(layer, nn.Linear)
+        kept = kept_features(site, plan, layer.in_features)
+        if kept.all():
+            continue
+        own = moments.get(site.name)
+        if own is None or len(own.mean) != layer.in_features:
+            raise ArtifactError("the moments are of another model", where=site.name, expected=f"{layer.in_features} features",
+                                got="none" if own is None else f"{len(own.mean)}", remedy="Collect them again.")
+        weight, shift = refit_output(own, layer.weight, kept, ridge, centred=layer.bias is not None)
+        layer.weight[:, kept.to(layer.weight.device)] = weight.to(layer.weight)
+        if layer.bias is not None:
+            layer.bias += shift.to(layer.bias)
+    return result
+
+
+def kept_features(site: Site, plan: PrunePlan, width: int) -> Tensor:
+    """Which input features of the site's output projection stay: boolean (width,)."""
+    kept = torch.ones(width, dtype=torch.bool)
+    for kind, count in site.counts.items():
+        own = torch.zeros(width, dtype=torch.bool)
+        own[site.reading_slice(kind).features(plan.kept(site, kind), count)] = True
+        kept &= own
+    return kept
+
+
+def save_moments(moments: Moments, path: Path | str) -> None:
+    """Write moments as safetensors, atomically."""
+    from safetensors.torch import save
+
+    tensors = {}
+    for name, m in moments.items():
+        tensors[f"{name}/mean"], tensors[f"{name}/second"] = m.mean, m.second
+        tensors[f"{name}/count"] = torch.tensor([m.count])
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(save(tensors, {"_type": "Moments", "_version": "1"}))
+
+
+def load_moments(path: Path | str) -> dict[str, SiteMoments]:
+    """Read moments. Raises UnavailableError, ArtifactError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = existing(path, "moments file")
+    try:
+        tensors = load_file(path)
+        names = sorted({key.rpartition("/")[0] for key in tensors})
+        return {n: SiteMoments(int(tensors[f"{n}/count"]), tensors[f"{n}/mean"], tensors[f"{n}/second"]) for n in names}
+    except (SafetensorError, KeyError) as error:
+        raise ArtifactError("not a whole moments file", where=str(path), got=str(error)[:200],
+                            remedy="Collect the moments again (`--fresh`).") from error

@@ -1,0 +1,155 @@
+"""What the user sees: results on stdout, everything else on stderr, colours only where a person is looking.
+
+Nothing here imports rich until there is something to draw on a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deploy_prune.progress import SILENT, Progress
+
+LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn: enough for a CI log, not more
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence progress and notes (`-q`); results and errors are always printed."""
+    global _quiet
+    _quiet = quiet
+
+
+def note(text: str) -> None:
+    """One line for the person at the terminal; not part of the result."""
+    if not _quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def emit_json(data: Any) -> None:
+    """The result of a `--json` command: one sorted JSON document on stdout."""
+    print(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
+    """Print `rows` under `columns` on stdout; aligned plain text when stdout is not a terminal."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn = Table(title=title or None, box=SIMPLE_HEAD)
+        for column, right in zip(columns, numeric, strict=True):
+            drawn.add_column(column, justify="right" if right else "left")
+        for row in cells:
+            drawn.add_row(*map(Text, row))
+        Console().print(drawn)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    if title:
+        print(title)
+    for line in [list(columns), ["-" * width for width in widths], *cells]:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, numeric, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def facts(pairs: Mapping[str, Any], *, title: str = "") -> None:
+    """Print names and values, one per line, on stdout."""
+    if title:
+        print(title)
+    width = max((len(name) for name in pairs), default=0)
+    for name, value in pairs.items():
+        print(f"  {name.ljust(width)}  {value}")
+
+
+def progress() -> Progress:
+    """The listener for long work: a bar with ETA on a terminal, a line now and then elsewhere, silence under -q."""
+    if _quiet:
+        return SILENT
+    return BarProgress() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else LineProgress()
+
+
+class LineProgress:
+    """Writes `label: 120/400 (30 %), 1m10s left, loss 0.71` to stderr every few seconds."""
+
+    def __init__(self) -> None:
+        self._label = ""
+        self._total: int | None = None
+        self._done = 0
+        self._started = self._printed = 0.0
+
+    def start(self, total: int | None, label: str) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._printed < LINE_EVERY:
+            return
+        self._printed = now
+        line = f"{self._label}: {self._done}"
+        if self._total:
+            left = (now - self._started) / self._done * (self._total - self._done)
+            line += f"/{self._total} ({100 * self._done / self._total:.0f} %), {duration(left)} left"
+        print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        took = time.monotonic() - self._started
+        if took >= 1:
+            print(f"{self._label}: done in {duration(took)}", file=sys.stderr, flush=True)
+
+
+class BarProgress:
+    """One rich bar on stderr with elapsed time, ETA and the latest note."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+
+    def start(self, total: int | None, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.finish()
+        self._bar = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(label, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=steps, **({"note": note} if note else {}))
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """`75` -> "1m15s", `0.4` -> "0.4s"."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _is_number(text: str) -> bool:
+    return text == "" or text.strip("-+ %×x").replace(".", "").replace(",", "").replace("e", "").isdigit()

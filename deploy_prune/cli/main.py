@@ -1,0 +1,193 @@
+"""The `deploy-prune` command: finds the subcommand, runs it, and turns what went wrong into words and an exit code.
+
+Exit codes: 0 done; 1 a gate or parity check failed; 2 wrong usage or recipe; 3 something asked for is not
+available here; 4 an artifact is damaged or untrusted; 70 a bug in deploy-prune (with its traceback);
+130 interrupted; 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploy_prune import __version__
+from deploy_prune.errors import DeployPruneError, UnavailableError, did_you_mean
+
+# Name -> one-line summary. The module deploy_prune.cli.NAME is imported only when NAME is called, so that
+# `--help` needs none of them.
+COMMANDS = {
+    "demo": "Prune a small model on embedded data, offline: the whole pipeline in minutes.",
+    "run": "Run a recipe: search once, cut and prove a family of models, leave a bundle.",
+    "search": "Score every unit of a model and write the solution path.",
+    "export": "Cut models at given budgets from a solution path into a bundle.",
+    "bench": "Time ONNX models against each other on a runtime.",
+    "verify": "Check a bundle: hashes, signatures, outputs on stored inputs.",
+    "inspect": "Show what a model, path, plan or bundle holds.",
+    "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
+}
+
+EXIT_BUG = 70  # EX_SOFTWARE: kept apart from 1, which CI reads as "a gate failed"
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+
+class PipeClosed(Exception):
+    """Whoever read our stdout stopped; click itself would exit 1, which means a failed gate here."""
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands live in modules that are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"deploy_prune.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"No such command {args[0]!r}. {did_you_mean(args[0], list(COMMANDS))}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise PipeClosed from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", prog_name="deploy-prune", message="%(prog)s %(version)s")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes; results and errors only.")
+@click.option("-v", "--verbose", count=True, help="Say more (-v: stages and library logs, -vv: debug logs).")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool, verbose: int) -> None:
+    """One search, a whole family of compact ONNX transformers, each proved equal to its torch twin and timed."""
+    from deploy_prune.cli import console
+
+    ctx.obj = {"verbose": verbose}
+    console.set_quiet(quiet)
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.INFO, format="%(name)s: %(message)s")
+
+
+def refuse_shadowed_packages() -> None:
+    """Raise UnavailableError when `converters` or `bench` would be imported from somebody else's directory."""
+    home = Path(__file__).resolve().parents[2]
+    problems = []
+    for name in ("converters", "bench"):
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or [spec.origin or "?"]) if spec else []
+        if not places:
+            problems.append(f"package {name!r} is not installed (expected {home / name})")
+        elif Path(places[0]).resolve() != home / name:
+            problems.append(f"package {name!r} comes from {places[0]}, ours is {home / name}")
+    if problems:
+        raise UnavailableError(
+            "another package shadows a part of deploy-prune",
+            problems=problems,
+            remedy="Run from another directory, or take the foreign path out of PYTHONPATH.",
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script. Always leaves through SystemExit."""
+    sys.exit(run_command(args))
+
+
+def run_command(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code, with every failure explained on stderr."""
+    previous = _interrupt_on_sigterm()
+    try:
+        refuse_shadowed_packages()
+        result = cli.main(args=None if args is None else list(args), prog_name="deploy-prune", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) and not isinstance(result, bool) else 0
+    except DeployPruneError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.FileError as error:
+        return _fail(error.format_message(), UnavailableError.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("Interrupted; nothing half-written was kept.", EXIT_INTERRUPTED)
+    except (PipeClosed, BrokenPipeError):
+        # Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except MemoryError as error:
+        return _fail(str(_out_of_memory(error)), UnavailableError.exit_code)
+    except Exception as error:
+        known = _environment_failure(error)
+        if known is not None:
+            return _fail(str(known), known.exit_code)
+        traceback.print_exc()
+        return _fail("This is a bug in deploy-prune: please report it with the lines above.", EXIT_BUG)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _environment_failure(error: Exception) -> UnavailableError | None:
+    """A failure of the machine rather than of the program, in words; None when it is neither."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UnavailableError(
+            "no space left on the device",
+            where=str(error.filename or "a temporary file"),
+            remedy="Free some space (TMPDIR moves temporary files); `--resume` goes on from the last whole stage.",
+        )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, for GPU memory; importing torch to ask would be slow
+        return _out_of_memory(error)
+    return None
+
+
+def _out_of_memory(error: BaseException) -> UnavailableError:
+    return UnavailableError(
+        "out of memory",
+        got=str(error).splitlines()[0] if str(error) else None,
+        remedy="Use a smaller batch or fewer examples (search.batch_size, refit.examples); "
+        "`--resume` goes on from the last whole stage.",
+    )
+
+
+def _interrupt_on_sigterm() -> Any:
+    """Let SIGTERM (a cancelled CI job) clean up as Ctrl-C does; None outside the main thread."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may set handlers
+        return None
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The runtimes a model can be timed on. To add one: a file with a `Runtime` and a line in `RUNTIMES`."""
+
+from __future__ import annotations
+
+from bench.runtimes.base import Bound, Runtime, Session
+from bench.runtimes.ort_cpu import OrtCpu
+from bench.runtimes.ort_cuda import OrtCuda
+from deploy_prune.errors import UnavailableError, UsageError, did_you_mean
+
+__all__ = ["RUNTIMES", "Bound", "Runtime", "Session", "find_runtime", "get_runtime"]
+
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (OrtCpu(), OrtCuda())}
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime of that name, whether or not it works here. Raises UsageError for an unknown name."""
+    if name not in RUNTIMES:
+        raise UsageError(f"no runtime {name!r}", remedy=did_you_mean(name, list(RUNTIMES)))
+    return RUNTIMES[name]
+
+
+def get_runtime(name: str) -> Runtime:
+    """A runtime that works here. Raises UsageError for an unknown name, UnavailableError for an absent runtime."""
+    runtime = find_runtime(name)
+    if reason := runtime.available():
+        raise UnavailableError(f"runtime {name} is not available here", got=reason, remedy=runtime.remedy)
+    return runtime

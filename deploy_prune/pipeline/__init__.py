@@ -1,0 +1,1 @@
+"""A run from recipe to bundle: stages, their cache, and the flat functions a user can fork."""

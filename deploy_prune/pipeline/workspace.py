@@ -1,0 +1,166 @@
+"""A workspace keeps the whole stages of a run beside its future output, so that a killed run can go on.
+
+Every stage is a directory in `OUT.work/`, renamed there when whole, with the fingerprint of everything it was made
+from. A stage is taken again only when the fingerprint is the same. `OUT` itself appears by one rename at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
+from deploy_prune.files import TEMPORARY, atomic_dir, read_json, remove_partial, write_json
+
+Mode = Literal["new", "resume", "fresh"]
+
+_MARKER = "workspace.json"  # what says that a directory is a workspace of ours, and may be deleted
+_RECORD = "stage.json"
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A whole stage: its files lie in `directory`. `reused` when an earlier run made it; `seconds` is what it took."""
+
+    name: str
+    directory: Path
+    fingerprint: str
+    seconds: float
+    reused: bool
+
+
+def fingerprint(inputs: Any) -> str:
+    """Hex SHA-256 of JSON data in canonical form."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Workspace:
+    """The stages of the run that will become `out`. Make one with `open_workspace`."""
+
+    def __init__(self, out: Path, directory: Path) -> None:
+        self.out, self.directory = out, directory
+        self.stages: list[Stage] = []
+
+    def stage(self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], None]) -> Stage:
+        """The stage `name` made from `inputs`: an earlier whole one, or what `work(directory)` now writes.
+
+        `inputs` is JSON data holding all that the result depends on, fingerprints of earlier stages included.
+        """
+        wanted = fingerprint({"stage": name, "inputs": inputs})
+        directory = self.directory / name
+        done = self._whole(name, directory, wanted)
+        if done is None:
+            started = time.monotonic()
+            with atomic_dir(directory) as temporary:
+                work(temporary)
+                seconds = time.monotonic() - started
+                record = {"fingerprint": wanted, "seconds": seconds, "files": _files(temporary)}
+                write_json(temporary / _RECORD, record)
+            done = Stage(name, directory, wanted, seconds, reused=False)
+        self.stages.append(done)
+        return done
+
+    def finish(self, stage: Stage) -> None:
+        """Make `stage`'s directory the output, replacing an earlier output of ours, and delete the workspace."""
+        (stage.directory / _RECORD).unlink()
+        if self.out.exists():
+            os.rename(self.out, Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.directory)) / "old")
+        os.rename(stage.directory, self.out)
+        shutil.rmtree(self.directory)
+
+    def _whole(self, name: str, directory: Path, wanted: str) -> Stage | None:
+        if not (directory / _RECORD).is_file():
+            return None
+        try:
+            record = read_json(directory / _RECORD)
+            same = record["fingerprint"] == wanted and record["files"] == _files(directory)
+            return Stage(name, directory, wanted, float(record["seconds"]), reused=True) if same else None
+        except (ArtifactError, KeyError, TypeError):
+            return None  # not whole: it is made again
+
+
+@contextlib.contextmanager
+def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool]) -> Iterator[Workspace]:
+    """The workspace `OUT.work` of `out`, locked against a second run.
+
+    `is_output` tells whether a directory is an earlier output of ours, which "fresh" may replace; nothing else is ever
+    deleted. Raises UsageError when something is in the way, UnavailableError when another run is at work or the place
+    cannot be written.
+    """
+    directory = work_directory(out)
+    _refuse_foreign(out, directory, mode, is_output)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UnavailableError("cannot write the output", where=str(directory), got=error.strerror,
+                               remedy="Choose another directory with --out.") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnavailableError("another run is writing this output", where=str(directory),
+                                   remedy="Wait for it, or choose another directory with --out.") from error
+        write_json(directory / _MARKER, {"_type": "deploy-prune workspace", "_version": 1, "out": out.name})
+        remove_partial(directory)
+        if mode == "fresh":
+            for child in directory.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+        yield Workspace(out, directory)
+    finally:
+        os.close(lock)
+
+
+def discard(directory: Path) -> None:
+    """Delete the workspace of an output that is complete (a run killed between its last two steps leaves one)."""
+    if (directory / _MARKER).is_file():
+        shutil.rmtree(directory)
+
+
+def work_directory(out: Path) -> Path:
+    """Where the stages of `out` are kept."""
+    return out.with_name(out.name + ".work")
+
+
+def _refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool]) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not is_output(out):
+            what = "a directory with other files" if out.is_dir() else "a file"
+            raise UsageError("the output is taken", where=str(out), expected="nothing, or a bundle of an earlier run",
+                             got=what, remedy="Choose another directory with --out; nothing was touched.")
+        if mode == "new":
+            raise UsageError("the output exists already", where=str(out), got="a bundle of an earlier run",
+                             remedy="--fresh replaces it when the new one is whole; --out chooses another directory.")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    strangers = [c.name for c in directory.iterdir() if c.name != _LOCK and not c.name.startswith(TEMPORARY)]
+    if strangers and not (directory / _MARKER).is_file():
+        raise UsageError("the workspace is taken", where=str(directory), expected="nothing, or stages of an earlier run",
+                         got="a directory with other files",
+                         remedy="Choose another directory with --out; nothing was touched.")
+    whole = sorted(record.parent.name for record in directory.glob(f"*/{_RECORD}"))
+    if mode == "new" and whole:
+        raise UsageError("an earlier run was not finished", where=str(directory), got=f"whole stages: {', '.join(whole)}",
+                         remedy="--resume goes on from them, --fresh starts again.")
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file of a stage but its record."""
+    return {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != _RECORD
+    }

@@ -1,0 +1,224 @@
+"""A recipe is a whole run as data: which model, which task, how to search, what family to cut, how to prove and time it.
+
+Recipes are YAML. `${NAME}` in any value is taken from the environment; `--set a.b=value` overrides a key. Every
+mistake is reported at once, with its place, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
+from deploy_prune.recipe_text import expand, explain, override, parse
+
+Share = Annotated[float, Field(gt=0, lt=1, strict=False, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    """Base of all parts of a recipe: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskPart(Part):
+    """What "good" means, on which data. `options` go to the task as they are (for instance `columns`, `length`)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    calibration: Annotated[str, Field(min_length=1, description="data reference used for search and refit")]
+    evaluation: Annotated[str | None, Field(description="data reference the reported quality is measured on")] = None
+    options: dict[str, Any] = {}
+
+
+class SearchPart(Part):
+    """How the order of leaving is found. `options` are those of the method."""
+
+    method: str = "spp"
+    options: dict[str, Any] = {}
+
+
+class FamilyPart(Part):
+    """Which members are cut: `sparsities: [0.1, 0.3]`, or `budget: macs` with `targets: [0.5, 4.0e8]`.
+
+    A target below 1 is a share of the dense model, otherwise an absolute number.
+    """
+
+    sparsities: list[Share] | None = None
+    budget: Literal["sparsity", "params", "macs", "bytes"] = "sparsity"
+    targets: list[Positive] | None = None
+    kinds: list[Literal["head", "neuron", "qk", "vo"]] | None = None
+    align: Count = 1
+
+    @model_validator(mode="after")
+    def _one_list_of_targets(self) -> FamilyPart:
+        if (self.sparsities is None) == (self.targets is None):
+            raise ValueError("expected either `sparsities` or `budget` with `targets`")
+        if not self.values:
+            raise ValueError("expected at least one member")
+        if len(set(self.values)) != len(self.values):
+            raise ValueError("expected every member once")
+        if self.sparsities is not None and self.budget != "sparsity":
+            raise ValueError(f"`sparsities` are given but `budget` is {self.budget}; use `targets`")
+        if self.budget == "sparsity" and any(not 0 < value < 1 for value in self.values):
+            raise ValueError("expected sparsities between 0 and 1, both excluded")
+        return self
+
+    @property
+    def values(self) -> list[float]:
+        """The targets, largest model first."""
+        given = self.sparsities if self.sparsities is not None else self.targets or []
+        return sorted(given, reverse=self.budget != "sparsity")
+
+    def member_names(self) -> list[str]:
+        """`s30` for a sparsity of 0.3, `macs50` for half the MACs, `bytes8000000` for an absolute target."""
+        letter = "s" if self.budget == "sparsity" else self.budget
+        return [f"{letter}{_figure(value)}" for value in self.values]
+
+
+class RefitPart(Part):
+    """The closed-form correction of the weights that stay. `examples` null takes all calibration data."""
+
+    enabled: bool = True
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    examples: Count | None = 1024
+    batch_size: Count = 32
+
+
+class ExportPart(Part):
+    """The ONNX files. `checkpoints` also stores every member as safetensors with its plan."""
+
+    opset: Annotated[int, Field(ge=17)] = 18
+    checkpoints: bool = True
+
+
+class ParityPart(Part):
+    """How equal masked, compact and ONNX must be, relative to the largest output."""
+
+    tolerance: Positive = 1e-4
+    examples: Count = 4
+
+
+class QualityPart(Part):
+    """How the reported quality is measured. `limit` null takes all evaluation data."""
+
+    limit: Count | None = None
+    batch_size: Count = 32
+
+
+class BenchPart(Part):
+    """What is timed: every runtime at every batch and sequence size."""
+
+    enabled: bool = True
+    runtimes: list[str] = ["ort-cpu"]
+    batch: list[Count] = [1]
+    seq: list[Count] | None = None
+    seconds: Positive = 3.0
+    threads: Count | None = None
+
+
+class Recipe(Part):
+    """One run. `deploy-prune run --schema` prints the JSON schema of this class."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    model: Annotated[str, Field(min_length=1, description="model reference")]
+    task: TaskPart
+    search: SearchPart = SearchPart()
+    family: FamilyPart
+    refit: RefitPart = RefitPart()
+    export: ExportPart = ExportPart()
+    parity: ParityPart = ParityPart()
+    quality: QualityPart = QualityPart()
+    bench: BenchPart = BenchPart()
+    precision: Literal["fp32", "mixed"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything the run depends on as plain JSON data, defaults spelled out."""
+        return self.model_dump(mode="json")
+
+    def canonical(self) -> str:
+        """`resolved()` as one canonical line, for fingerprints: equal recipes, equal text."""
+        return json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a built-in recipe by name ("digits").
+
+    Raises UnavailableError when the file or an environment variable it names is missing, RecipeError with every
+    mistake otherwise.
+    """
+    path = find_recipe(source)
+    data = parse(path)
+    problems = override(data, overrides)
+    data.setdefault("name", path.stem)
+    unset: list[str] = []
+    data = expand(data, unset)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += explain(error, Recipe)
+    if problems:
+        noun = "problem" if len(problems + unset) == 1 else "problems"
+        raise RecipeError(f"{len(problems + unset)} {noun}", where=str(path), problems=[*problems, *unset],
+                          remedy="`deploy-prune run --schema` prints every key with its meaning.")
+    if unset or recipe is None:
+        raise UnavailableError("the recipe needs environment variables that are not set", where=str(path),
+                               problems=unset, remedy="Set them, or give the values that use them with --set KEY=VALUE.")
+    return recipe
+
+
+def recipe_from(data: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from data that is already in memory. Raises RecipeError with every mistake."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("not a valid recipe", where=where, problems=explain(error, Recipe)) from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe."""
+    return Recipe.model_json_schema()
+
+
+def recipes_dir() -> Path:
+    """Where the built-in recipes lie: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted(recipes_dir().glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file `source` names: a path, or a built-in name. Raises UsageError or UnavailableError."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    known = builtin_recipes()
+    if str(source) in known:
+        return known[str(source)]
+    if path.is_dir():
+        raise UsageError("a directory is not a recipe", where=str(path), expected="a YAML file or a built-in name",
+                         remedy=did_you_mean(str(source), list(known)))
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise UnavailableError("no such recipe file", where=str(path),
+                               remedy=f"Built-in recipes go by name: {', '.join(known)}.")
+    raise UsageError(f"no built-in recipe {str(source)!r}", remedy=did_you_mean(str(source), list(known)))
+
+
+def _figure(value: float) -> str:
+    if value < 1:
+        return f"{100 * value:.6g}".replace(".", "p")
+    return f"{value:.0f}" if value == int(value) else f"{value:.6g}".replace(".", "p")

@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.architecture import Architecture, load_function
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.references import PACKAGE, Reference, existing_path, local_path, model_reference
-from deploy_prune.weights import check_finite, check_keys, check_safetensors, check_sha256, load_strictly, read_safetensors
+from deploy_prune.weights import (
+    check_finite,
+    check_keys,
+    check_safetensors,
+    check_sha256,
+    load_strictly,
+    read_safetensors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +116,8 @@ def describe_source(ref: str) -> SourceInfo:
     """What `load_model` would read or download, found out without loading or importing anything of the model."""
     reference = model_reference(ref)
     if reference.scheme == "python":
-        return SourceInfo(ref, "python", reference.location, exists=_importable(reference.location), runs_user_code=True)
+        found = _importable(reference.location)
+        return SourceInfo(ref, "python", reference.location, exists=found, runs_user_code=True)
     if reference.scheme == "gguf":
         path = local_path(reference.location)
         return SourceInfo(ref, "gguf", str(path), exists=path.is_file())

@@ -43,8 +43,8 @@ def check_safetensors(path: Path | str) -> None:
         raise ArtifactError("damaged safetensors header", where=str(path), got=str(error)[:200],
                             remedy=_AGAIN) from error
     if size != announced:
-        raise ArtifactError("truncated safetensors file" if size < announced else "safetensors file with a foreign tail",
-                            where=str(path), expected=f"{announced} bytes", got=f"{size} bytes", remedy=_AGAIN)
+        fault = "truncated safetensors file" if size < announced else "safetensors file with a foreign tail"
+        raise ArtifactError(fault, where=str(path), expected=f"{announced} bytes", got=f"{size} bytes", remedy=_AGAIN)
 
 
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:
@@ -107,10 +107,12 @@ def check_finite(model: nn.Module, where: str) -> None:
 
     problems = []
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)  # one pass without a copy; both propagate NaN
+            if torch.isfinite(low) and torch.isfinite(high):
+                continue
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            if bad:
-                problems.append(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+            problems.append(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
     if problems:
         raise ArtifactError("weights are not finite", where=where, problems=problems,
                             remedy="Scores of such a model mean nothing; use a checkpoint from before it diverged.")

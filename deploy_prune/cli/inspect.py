@@ -1,0 +1,140 @@
+"""`deploy-prune inspect`: what a model, a solution path, a plan, a bundle or a recipe holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploy_prune.cli import console
+from deploy_prune.errors import UsageError
+
+
+@click.command(short_help="Show what a model, path, plan or bundle holds.")
+@click.argument("thing")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(thing: str, as_json: bool) -> None:
+    """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path (.safetensors), a plan (.json), a
+    bundle (directory) or a recipe (.yaml, or a built-in name).
+
+    A model reference is loaded; python: references run your code.
+    """
+    describe = _describer(thing)
+    report = describe(thing)
+    if as_json:
+        console.emit_json(report)
+        return
+    tables = {name: report.pop(name) for name in ("sites", "groups", "members", "latency") if name in report}
+    console.facts({name: value for name, value in report.items() if value is not None})
+    for name, rows in tables.items():
+        if rows:
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            print()
+            console.table(columns, [[row.get(column) for column in columns] for row in rows], title=name)
+
+
+def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
+    from deploy_prune.recipe import builtin_recipes
+    from deploy_prune.references import MODEL_SCHEMES
+
+    path = Path(thing)
+    if path.is_dir():
+        return describe_bundle
+    if path.suffix == ".safetensors":
+        return describe_path
+    if path.suffix == ".json":
+        return describe_plan
+    if path.suffix in (".yaml", ".yml") or thing in builtin_recipes():
+        return describe_recipe
+    if thing.partition(":")[0] in MODEL_SCHEMES:
+        return describe_model
+    raise UsageError(
+        f"cannot tell what {thing!r} is",
+        expected="a model reference, FILE.safetensors (path), FILE.json (plan), FILE.yaml (recipe) or a bundle directory",
+        remedy=f"Model references start with one of {', '.join(s + ':' for s in MODEL_SCHEMES)}",
+    )
+
+
+def describe_model(reference: str) -> dict[str, Any]:
+    """Size and prunable sites of a model."""
+    from deploy_prune.adapters import adapter_for
+    from deploy_prune.architecture import weights_sha256
+    from deploy_prune.budget import count_params
+    from deploy_prune.sources import load_model
+
+    model = load_model(reference)
+    adapter = adapter_for(model)
+    sites = adapter.sites(model)
+    return {
+        "type": "model",
+        "model": reference,
+        "class": type(model).__name__,
+        "adapter": adapter.name,
+        "parameters": count_params(model),
+        "weights_sha256": weights_sha256(model),
+        "sites": [
+            {
+                "site": site.name,
+                "kind": site.kind.value,
+                **{f"{kind.value}s": count for kind, count in site.counts.items()},
+                **({"query heads": site.heads, "head dim": site.head_dim} if site.heads else {}),
+            }
+            for site in sites
+        ],
+    }
+
+
+def describe_path(file: str) -> dict[str, Any]:
+    """Where a path comes from, and when the units of each group leave."""
+    import numpy as np
+
+    from deploy_prune.path import SolutionPath
+
+    path = SolutionPath.load(file)
+    return {
+        "type": "solution path",
+        "model": path.model,
+        "weights_sha256": path.weights_sha256,
+        "method": path.method,
+        "options": dict(path.options),
+        "parameters": path.costs.params,
+        "prunable parameters": path.costs.prunable(path.sites),
+        "macs": path.costs.macs,
+        "groups": [
+            {
+                "group": key,
+                "units": len(scores),
+                **{f"kept at s{share}": int((scores > share / 100).sum()) for share in (10, 30, 50, 70)},
+                "median exit": round(float(np.median(scores)), 4),
+            }
+            for key, scores in path.scores.items()
+        ],
+    }
+
+
+def describe_plan(file: str) -> dict[str, Any]:
+    """What a plan keeps at each site, and what was asked and achieved."""
+    from deploy_prune.plan import PrunePlan
+
+    plan = PrunePlan.load(file)
+    return {
+        "type": "plan",
+        "model": plan.model,
+        "weights_sha256": plan.weights_sha256,
+        "asked": plan.asked.model_dump(mode="json") if plan.asked else None,
+        "achieved": plan.achieved.model_dump(mode="json") if plan.achieved else None,
+        "sites": [
+            {"site": site, **{f"{kind.value}s kept": len(indices) for kind, indices in kinds.items()}}
+            for site, kinds in plan.keep.items()
+        ],
+    }
+
+
+def describe_recipe(source: str) -> dict[str, Any]:
+    """A recipe with its defaults spelled out."""
+    from deploy_prune.recipe import load_recipe
+
+    recipe = load_recipe(source)
+    return {"type": "recipe", **recipe.resolved(), "members": [{"name": name} for name in recipe.family.member_names()]}

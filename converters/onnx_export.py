@@ -1,0 +1,225 @@
+"""torch -> ONNX: one file in fp32, standard operators, dynamic sizes, the same bytes for the same model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.graph import Initializers, account, foreign_nodes, name_dimensions, simplify
+from converters.translations import translations
+from deploy_prune.errors import UnsupportedModelError, UsageError
+from deploy_prune.files import TEMPORARY, atomic_file, sha256_file
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+
+    from deploy_prune.signature import Signature
+
+# A protobuf holds 2 GiB; above this the weights lie beside the graph, in FILE.data.
+EXTERNAL_ABOVE = 1_900_000_000
+# Two unlike sizes, neither 0 nor 1: the tracer takes those for constants and equal ones for the same dimension.
+EXAMPLE_SIZES = {"batch": 2, "sequence": 11}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. `bytes` counts the file and, for large models, its `external` data file.
+
+    `initializers` sorts every stored tensor: for a model whose parameters are all read,
+    sum(initializers.weights.values()) == 4 × parameters, exactly.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+    external: str | None
+    opset: int
+    nodes: int
+    inputs: list[dict[str, Any]]
+    output: dict[str, Any]
+    initializers: Initializers
+    seconds: float
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.initializers.weights.values())
+
+    @property
+    def initializer_bytes(self) -> int:
+        return self.initializers.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_onnx(model: nn.Module, file: Path | str, signature: Signature, *, opset: int = 18,
+                example_sizes: Mapping[str, int] | None = None,
+                metadata: Mapping[str, str] | None = None) -> ExportReport:
+    """Write `signature.call` of `model` as an ONNX file, atomically; the model is left as it was.
+
+    `metadata` becomes the file's metadata properties. Raises UsageError for weights that are not float32 and
+    UnsupportedModelError when the model cannot be traced, a dimension freezes, or a node is not standard ONNX.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    start = time.perf_counter()
+    if opset < 18:
+        raise UsageError("opset too old", expected="18 or newer", got=str(opset))
+    _check_float32(model)
+    exported = _trace(model, signature, {**EXAMPLE_SIZES, **(example_sizes or {})}, opset)
+    _own_names(exported, model)
+    parameters = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    buffers = {name: b.numel() * b.element_size() for name, b in model.named_buffers()}
+    simplify(exported, set(parameters))
+    initializers = account(exported, parameters, buffers)
+    path = Path(file)
+    large = initializers.bytes > EXTERNAL_ABOVE
+    with _files(path, large) as (target, data):
+        if data is not None:
+            ir.external_data.unload_from_model(exported, target.parent, data.name, size_threshold_bytes=1024)
+        proto = ir.to_proto(exported)
+        name_dimensions(proto, signature)
+        if foreign := foreign_nodes(proto):
+            raise UnsupportedModelError("the graph needs operators outside standard ONNX", problems=foreign,
+                                        remedy="A plain runtime could not load it; replace these in the model.")
+        _sign(proto, metadata or {})
+        serialized = proto.SerializeToString(deterministic=True)
+        target.write_bytes(serialized)
+        onnx.checker.check_model(str(target) if large else serialized, full_check=True)
+        size = len(serialized) + (data.stat().st_size if data is not None else 0)
+    described = signature.describe()
+    return ExportReport(
+        file=path.name, sha256=sha256_file(path) if large else hashlib.sha256(serialized).hexdigest(), bytes=size,
+        external=_data_name(path) if large else None, opset=opset, nodes=len(proto.graph.node),
+        inputs=described["inputs"], output=described["output"], initializers=initializers,
+        seconds=time.perf_counter() - start)
+
+
+def _check_float32(model: nn.Module) -> None:
+    import torch
+
+    wrong = [f"{name}: {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32]
+    if wrong:
+        raise UsageError("export takes float32 weights", problems=wrong[:20],
+                         remedy="Load the model with dtype=torch.float32.")
+
+
+def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], opset: int) -> Any:
+    """The onnx-ir model of the traced function, not yet simplified."""
+    import torch
+
+    device = next(model.parameters()).device
+    inputs = signature.random_inputs(sizes, seed=0)
+    args = tuple(inputs[spec.name].to(device) for spec in signature.inputs)
+    dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
+                    for spec in signature.inputs)
+    try:
+        with _evaluating(model), torch.no_grad():
+            program = torch.export.export(_function(model, signature), args, dynamic_shapes=(dynamic,), strict=False)
+            result = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
+                input_names=[spec.name for spec in signature.inputs], output_names=[signature.output.name],
+                custom_translation_table=translations())
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
+        raise UnsupportedModelError(
+            f"cannot trace {type(model).__name__}", got=_root_cause(error),
+            remedy="The forward must not branch on tensor values and must accept any size the signature names.",
+        ) from error
+    assert result is not None
+    return result.model
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first error of a chain; the exporter wraps it in several screens of advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()[:600]}"
+
+
+def _function(model: nn.Module, signature: Signature) -> nn.Module:
+    """A module around `signature.call` with one positional argument per input."""
+    from torch import nn
+
+    class Function(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return signature.call(self.model, dict(zip((s.name for s in signature.inputs), tensors, strict=True)))
+
+    function = Function()
+    function.training = False  # not eval(), which would visit the model
+    return function
+
+
+def _own_names(exported: Any, model: nn.Module) -> None:
+    """Drop the wrapper's prefix from initialisers and give tied weights the name `named_parameters` uses."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    canonical = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    graph = exported.graph
+    values = list(graph.initializers.values())
+    graph.initializers.clear()
+    for value in values:
+        own = value.name.removeprefix("model.")
+        own = canonical.get(own, own)
+        if own in graph.initializers:
+            value.replace_all_uses_with(graph.initializers[own])
+        else:
+            value.name = own
+            graph.register_initializer(value)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode within the block, and as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _sign(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+    from deploy_prune import __version__
+
+    proto.producer_name, proto.producer_version = "deploy-prune", __version__
+    for key in sorted(metadata):
+        proto.metadata_props.add(key=key, value=metadata[key])
+
+
+def _data_name(path: Path) -> str:
+    return path.name + ".data"
+
+
+@contextlib.contextmanager
+def _files(path: Path, large: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Yield where to write the graph and, for `large` models, its data; both appear under their names only when whole.
+
+    The graph names its data file, so the two are written in a temporary directory under their final names.
+    """
+    if not large:
+        with atomic_file(path) as temporary:
+            yield temporary, None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    try:
+        yield room / path.name, room / _data_name(path)
+        os.replace(room / _data_name(path), path.with_name(_data_name(path)))  # first: a graph never lacks its data
+        os.replace(room / path.name, path)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

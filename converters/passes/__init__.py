@@ -1,0 +1,1 @@
+"""Small ONNX graph passes, one idea per file, on onnx-ir models."""

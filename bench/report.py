@@ -61,7 +61,8 @@ class LatencyReport:
         first = self.samples.runtime.get(self.samples.names[0], {})
         return {
             "runtime": first.get("runtime"), "device": first.get("device"), "baseline": self.samples.names[0],
-            **self.samples.sizes, "rounds": rounds, "calls_per_round": calls, "seed": self.samples.seed,
+            **self.samples.sizes, "rounds": rounds, "calls_per_round": calls,
+            "sessions_per_model": self.samples.sessions, "seed": self.samples.seed,
             "self_check": {"result": "passed" if self.trusted else "failed", **asdict(self.self_check)},
             "latencies": [latency.to_json() for latency in self.latencies],
             "sessions": {name: dict(facts) for name, facts in self.samples.runtime.items()},
@@ -77,7 +78,8 @@ class LatencyReport:
 def summarise(samples: Samples) -> LatencyReport:
     """All figures of a cell. The same samples give the same report: the bootstrap is seeded with the samples' seed."""
     baseline = samples.of(samples.names[0])
-    ratios = {name: ratio_of_medians(samples.of(name), baseline, seed=samples.seed) for name in samples.names}
+    ratios = {name: ratio_of_medians(samples.of(name), baseline, sessions=samples.sessions, seed=samples.seed)
+              for name in samples.names}
     self_check = ratios[samples.names[1]]
     latencies = []
     for name in samples.names:

@@ -22,9 +22,10 @@ class Samples:
     """Timings of one cell: one runtime at one batch and sequence size.
 
     `names[0]` is the baseline and `names[1]` a second session of the same file. `ns` is int64 (rounds, models, calls),
-    nanoseconds per call; `order` is int64 (rounds, models), the models' indices in the order they ran in.
-    `sizes` is {"batch": 8} or {"batch": 8, "sequence": 128}; `warm_up` maps a name to {"calls", "stable"}; `runtime`
-    maps a name to what its session said of itself; `environment` is that of `bench.environment`.
+    nanoseconds per call; `order` is int64 (rounds, models), the models' indices in the order they ran in. The rounds
+    are `sessions` equal runs, between which every model was loaded afresh. `sizes` is {"batch": 8} or
+    {"batch": 8, "sequence": 128}; `warm_up` maps a name to {"calls", "stable"}; `runtime` maps a name to what its
+    session said of itself; `environment` is that of `bench.environment`.
     """
 
     names: tuple[str, ...]
@@ -32,6 +33,7 @@ class Samples:
     order: np.ndarray
     sizes: Mapping[str, int]
     seed: int
+    sessions: int = 1
     warm_up: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     runtime: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -44,8 +46,8 @@ class Samples:
     def to_json(self) -> dict[str, Any]:
         return {
             "_type": TYPE, "_version": VERSION, "unit": "ns", "names": list(self.names), "sizes": dict(self.sizes),
-            "seed": self.seed, "order": self.order.tolist(), "ns": self.ns.tolist(), "warm_up": dict(self.warm_up),
-            "runtime": dict(self.runtime), "environment": dict(self.environment),
+            "seed": self.seed, "sessions": self.sessions, "order": self.order.tolist(), "ns": self.ns.tolist(),
+            "warm_up": dict(self.warm_up), "runtime": dict(self.runtime), "environment": dict(self.environment),
         }
 
     @classmethod
@@ -54,17 +56,22 @@ class Samples:
         import numpy as np
 
         if not isinstance(data, dict) or (data.get("_type"), data.get("_version")) != (TYPE, VERSION):
-            got = f"{data.get('_type')!r} version {data.get('_version')!r}" if isinstance(data, dict) else str(type(data))
+            found = data if isinstance(data, dict) else {"_type": type(data).__name__}
+            got = f"{found.get('_type')} version {found.get('_version')}"
             raise ArtifactError("not raw timings", where=where, expected=f"{TYPE!r} version {VERSION}", got=got)
         try:
             samples = cls(tuple(data["names"]), np.array(data["ns"], np.int64), np.array(data["order"], np.int64),
-                          data["sizes"], data["seed"], data["warm_up"], data["runtime"], data["environment"])
+                          data["sizes"], data["seed"], data["sessions"], data["warm_up"], data["runtime"],
+                          data["environment"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError("raw timings are incomplete", where=where, got=repr(error)) from error
-        if samples.ns.ndim != 3 or samples.order.shape != samples.ns.shape[:2] or len(samples.names) != samples.ns.shape[1]:
+        shape = samples.ns.shape
+        if (len(shape) != 3 or not all(shape) or samples.order.shape != shape[:2] or len(samples.names) != shape[1]
+                or len(samples.names) < 2 or samples.sessions < 1 or shape[0] % samples.sessions):
             raise ArtifactError("raw timings do not fit together", where=where,
                                 expected="ns (rounds, models, calls), order (rounds, models)",
-                                got=f"ns {samples.ns.shape}, order {samples.order.shape}, {len(samples.names)} names")
+                                got=f"ns {shape}, order {samples.order.shape}, {len(samples.names)} names, "
+                                f"{samples.sessions} sessions")
         return samples
 
     def save(self, path: Path | str) -> None:

@@ -41,25 +41,33 @@ def percentiles(samples: np.ndarray, which: tuple[float, ...] = (50, 90, 99)) ->
 
 
 def ratio_of_medians(
-    candidate: np.ndarray, baseline: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    candidate: np.ndarray, baseline: np.ndarray, *, sessions: int = 1, seed: int = 0, resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> Ratio:
     """median(candidate) / median(baseline) with its percentile-bootstrap interval, paired by round.
 
-    Both arrays are (rounds, calls). Whole rounds are drawn, the same ones for both, because what slows a round (a busy
-    neighbour, a clock change) slows both models in it and the calls of one round are not independent.
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.)
+    Both arrays are (rounds, calls); the rounds are `sessions` equal runs, each with freshly loaded models. Drawn with
+    replacement are first whole sessions, then whole rounds within each, the same ones for both models: what slows a
+    round (a busy neighbour, a clock change) slows both models in it, the calls of a round are not independent, and
+    where a session's weights happen to lie in memory moves all its rounds.
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13; Davison and Hinkley, Bootstrap
+    Methods and their Application, 1997, section 3.8.)
     """
     import numpy as np
 
     if candidate.shape != baseline.shape or candidate.ndim != 2 or not candidate.size:
         raise ValueError(f"expected two equal (rounds, calls) arrays, got {candidate.shape} and {baseline.shape}")
-    generator = np.random.default_rng(seed)
     rounds, calls = candidate.shape
+    if sessions < 1 or rounds % sessions:
+        raise ValueError(f"{rounds} rounds are not {sessions} equal sessions")
+    generator = np.random.default_rng(seed)
+    each = rounds // sessions
     step = max(1, _CHUNK // (rounds * calls))
     ratios = np.empty(resamples)
     for start in range(0, resamples, step):
         stop = min(start + step, resamples)
-        drawn = generator.integers(0, rounds, (stop - start, rounds))
+        session = generator.integers(0, sessions, (stop - start, sessions, 1))
+        drawn = (session * each + generator.integers(0, each, (stop - start, sessions, each))).reshape(stop - start, -1)
         above = np.median(candidate[drawn].reshape(stop - start, -1), axis=1)
         ratios[start:stop] = above / np.median(baseline[drawn].reshape(stop - start, -1), axis=1)
     tail = 50 * (1 - level)
@@ -79,7 +87,7 @@ def verdict(ratio: Ratio, self_check: Ratio) -> Verdict:
     return "faster" if widened.high < 1.0 else "slower"
 
 
-def interval_change(ratio: Ratio) -> str:
+def written(ratio: Ratio) -> str:
     """`0.71 [0.69, 0.73]`, with as many digits as the width of the interval deserves."""
     width = ratio.high - ratio.low
     digits = 2 if width <= 0 or not math.isfinite(width) else min(4, max(2, 1 - math.floor(math.log10(width))))

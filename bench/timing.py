@@ -1,7 +1,9 @@
 """Time models against each other in one process, so that what disturbs one disturbs all.
 
-Each round runs every model once, in a fresh random order: a block of one untimed and a few timed calls. The baseline
-takes part twice, in two sessions; what lies between these two is the error of the measurement itself.
+Each round runs every model once, in a fresh random order: a block of one untimed and a few timed calls. Several times
+on the way all models are loaded afresh, in random order, because where a session's weights happen to lie in memory
+alone moves its latency by a few percent. The baseline takes part twice, in two sessions; what lies between these two
+is the error of the measurement itself.
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.environment import environment
 from bench.report import LatencyReport, summarise
-from bench.runtimes import Bound, Runtime, Session, get_runtime
+from bench.runtimes import Bound, Runtime, get_runtime
 from bench.samples import Samples
 from deploy_prune.errors import UsageError
 from deploy_prune.progress import SILENT, Progress
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 AGAIN = " (again)"
-MIN_ROUNDS, MAX_ROUNDS = 30, 1000  # fewer rounds than 30 make bootstrap intervals too narrow
-BLOCK_NS = 20_000_000  # timed part of a block: long against what a switch of models costs, short against load changes
-MIN_CALLS, MAX_CALLS = 2, 20
+SESSIONS = 5
+MIN_ROUNDS, MAX_ROUNDS = 30, 1500  # fewer than 30 make bootstrap intervals too narrow
+BLOCK_NS = 5_000_000  # timed part of a block; longer blocks pair worse, shorter ones spend their time on untimed calls
+MAX_CALLS = 20
+SETTLED_NS = 50_000_000  # cold caches cost microseconds: a call this long needs no untimed one before it
 WINDOW = 5
 TOLERANCE = 0.05
 MAX_WARM_UP_NS = 5_000_000_000
@@ -38,11 +42,22 @@ Clock = Callable[[], int]
 
 @dataclass(frozen=True)
 class WarmUp:
-    """`stable`: the medians of the last two windows of `WINDOW` calls differ by less than `TOLERANCE`."""
+    """`stable`: the medians of the last two windows of `WINDOW` calls differ by at most `TOLERANCE`."""
 
     calls: int
     stable: bool
     median_ns: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is timed: in each of `sessions` runs, `rounds` rounds of `calls` timed calls of every model, after an
+    untimed one if `settle`."""
+
+    sessions: int
+    rounds: int
+    calls: int
+    settle: bool
 
 
 def measure(
@@ -52,6 +67,7 @@ def measure(
     runtime: str | Runtime = "ort-cpu",
     sizes: Mapping[str, int] | None = None,
     seconds: float = 3.0,
+    sessions: int = SESSIONS,
     rounds: int | None = None,
     calls: int | None = None,
     threads: int | None = None,
@@ -61,42 +77,53 @@ def measure(
 ) -> LatencyReport:
     """Latency of every candidate on the same inputs; the first candidate is the baseline.
 
-    `seconds` is the time spent timing each model; `rounds` and `calls` (timed calls of a model per round) override
-    what follows from it. Both are fixed before the first timed call, never stretched until the figures please.
-    `sizes` names the dynamic dimensions for the report; by default the batch, from the first dimension of the inputs.
+    `seconds` is about the time spent timing each model. `sessions` is how often each is loaded; `rounds` (in each
+    session) and `calls` (timed calls of a model per round) override what follows from `seconds`. All are fixed before
+    the first timed call, never stretched until the figures please. `sizes` names the dynamic dimensions for the
+    report; by default the batch, from the first dimension of the inputs.
     Raises UsageError for an empty comparison or inputs that do not fit, UnavailableError when the runtime is not here.
     """
-    baseline = _check(candidates, inputs, seconds, rounds, calls)
+    import numpy as np
+
+    baseline = _check(candidates, inputs, seconds, {"sessions": sessions, "rounds": rounds, "calls": calls})
     names = (baseline, baseline + AGAIN, *(name for name in candidates if name != baseline))
+    files = [candidates[name.removesuffix(AGAIN)] for name in names]
     if isinstance(runtime, str):
         runtime = get_runtime(runtime)
+    generator = np.random.default_rng(seed)
     listener = progress or SILENT
     place = environment()  # before our own work becomes part of the load
 
-    files = {**candidates, baseline + AGAIN: candidates[baseline]}
-    sessions: dict[str, Session] = {}
-    models: dict[str, Bound] = {}
-    warm: dict[str, WarmUp] = {}
+    warm: list[list[WarmUp]] = [[] for _ in names]
+    facts: list[dict[str, Any]] = [{} for _ in names]
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+    schedule: Schedule | None = None
     listener.start(len(names), "load and warm up")
     try:
-        for name in names:
-            sessions[name] = runtime.load(files[name], threads=threads)
-            models[name] = sessions[name].bind(inputs)
-            warm[name] = warm_up(models[name], clock)
-            listener.advance(1, name)
+        for turn in range(sessions):
+            models: dict[int, Bound] = {}
+            for index in generator.permutation(len(names)).tolist():
+                session = runtime.load(files[index], threads=threads)
+                models[index] = session.bind(inputs)
+                facts[index] = session.describe()
+                warm[index].append(warm_up(models[index], clock))
+                if turn == 0:
+                    listener.advance(1, names[index])
+            if schedule is None:
+                schedule = plan_schedule([w[0].median_ns for w in warm], seconds, sessions, rounds, calls)
+                listener.finish()
+                listener.start(schedule.sessions * schedule.rounds, "measure")
+            taken.append(run_rounds([models[i] for i in range(len(names))], schedule, generator, clock, listener))
+            models.clear()
     finally:
         listener.finish()
-
-    fastest = min(warm[name].median_ns for name in names)
-    calls = calls or min(MAX_CALLS, max(MIN_CALLS, math.ceil(BLOCK_NS / max(fastest, 1.0))))
-    slowest = max(warm[name].median_ns for name in names)
-    rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, round(seconds * 1e9 / (calls * max(slowest, 1.0)))))
-    ns, order = run_rounds([models[name] for name in names], rounds, calls, seed, clock, listener)
     return summarise(Samples(
-        names=names, ns=ns, order=order, seed=seed,
+        names=names, seed=seed, sessions=sessions,
+        ns=np.concatenate([ns for ns, _ in taken]), order=np.concatenate([order for _, order in taken]),
         sizes=dict(sizes) if sizes else {"batch": int(next(iter(inputs.values())).shape[0])},
-        warm_up={name: {"calls": warm[name].calls, "stable": warm[name].stable} for name in names},
-        runtime={name: sessions[name].describe() for name in names},
+        warm_up={name: {"calls": sum(w.calls for w in each), "stable": all(w.stable for w in each)}
+                 for name, each in zip(names, warm, strict=True)},
+        runtime=dict(zip(names, facts, strict=True)),
         environment=place,
     ))
 
@@ -118,29 +145,38 @@ def warm_up(model: Callable[[], None], clock: Clock = time.perf_counter_ns) -> W
             return WarmUp(len(times), False, statistics.median(times[-WINDOW:]))
 
 
+def plan_schedule(
+    medians_ns: Sequence[float], seconds: float, sessions: int, rounds: int | None = None, calls: int | None = None
+) -> Schedule:
+    """Blocks of about `BLOCK_NS` of the fastest model, and as many rounds as the slowest fits into `seconds`."""
+    fastest, slowest = max(1.0, min(medians_ns)), max(1.0, *medians_ns)
+    calls = calls or min(MAX_CALLS, math.ceil(BLOCK_NS / fastest))
+    if rounds is None:
+        total = min(MAX_ROUNDS, max(MIN_ROUNDS, seconds * 1e9 / (calls * slowest)))
+        rounds = math.ceil(total / sessions)
+    return Schedule(sessions, rounds, calls, settle=fastest < SETTLED_NS)
+
+
 def run_rounds(
-    models: list[Bound], rounds: int, calls: int, seed: int, clock: Clock, progress: Progress = SILENT
+    models: Sequence[Callable[[], None]], schedule: Schedule, generator: np.random.Generator, clock: Clock,
+    progress: Progress = SILENT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timings (rounds, models, calls) in nanoseconds and the order (rounds, models) the models ran in."""
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    ns = np.empty((rounds, len(models), calls), np.int64)
-    order = np.stack([generator.permutation(len(models)) for _ in range(rounds)])
-    progress.start(rounds, "measure")
-    try:
-        with _no_garbage_collection():
-            for turn in range(rounds):
-                for index in order[turn].tolist():
-                    model, row = models[index], ns[turn, index]
-                    model()  # untimed: brings the weights back into the caches, as in a server that runs one model
-                    for call in range(calls):
-                        start = clock()
-                        model()
-                        row[call] = clock() - start
-                progress.advance()
-    finally:
-        progress.finish()
+    ns = np.empty((schedule.rounds, len(models), schedule.calls), np.int64)
+    order = np.stack([generator.permutation(len(models)) for _ in range(schedule.rounds)])
+    with _no_garbage_collection():
+        for turn in range(schedule.rounds):
+            for index in order[turn].tolist():
+                model, row = models[index], ns[turn, index]
+                if schedule.settle:
+                    model()  # brings the weights back into the caches, as in a server that runs one model
+                for call in range(schedule.calls):
+                    start = clock()
+                    model()
+                    row[call] = clock() - start
+            progress.advance()
     return ns, order
 
 
@@ -158,7 +194,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _check(
     candidates: Mapping[str, Path | str], inputs: Mapping[str, np.ndarray], seconds: float,
-    rounds: int | None, calls: int | None,
+    counts: Mapping[str, int | None],
 ) -> str:
     """The baseline's name. Raises UsageError with every problem at once."""
     problems = []
@@ -170,8 +206,7 @@ def _check(
         problems.append("every input needs a first dimension of at least one example")
     if not (math.isfinite(seconds) and seconds > 0):
         problems.append(f"seconds must be positive, got {seconds}")
-    problems += [f"{label} must be at least {least}, got {value}"
-                 for label, value, least in (("rounds", rounds, 2), ("calls", calls, 1)) if value is not None and value < least]
+    problems += [f"{label} must be at least 1, got {n}" for label, n in counts.items() if n is not None and n < 1]
     if problems:
         raise UsageError("nothing can be measured", problems=problems)
     return next(iter(candidates))

@@ -39,10 +39,12 @@ def create(
     existing(path, "ONNX file")
     try:
         # Without enable_fallback=0, ORT answers a provider's failure by building a CPU session and printing to stdout.
-        return onnxruntime.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except _ort_errors() as error:
-        raise ArtifactError("ONNX Runtime cannot load this model", where=str(path), got=_first_line(error),
-                            remedy="Is it a whole ONNX file, with its external data beside it? Write it again.") from error
+        raise ArtifactError(
+            "ONNX Runtime cannot load this model", where=str(path), got=_first_line(error),
+            remedy="Is it a whole ONNX file, with its external data beside it? Write it again.",
+        ) from error
 
 
 class OrtSession(Session):
@@ -107,12 +109,15 @@ class OrtSession(Session):
 
     @contextmanager
     def _refusals(self, inputs: Mapping[str, np.ndarray]) -> Iterator[None]:
+        refusals = (*_ort_errors(), ValueError)
         try:
             yield
-        except (*_ort_errors(), ValueError) as error:
+        except refusals as error:
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
-            raise UsageError("the model does not run on these inputs", where=self.name, got=f"{shapes}: {_first_line(error)}",
-                             remedy="Choose a batch and sequence size the model was exported for.") from error
+            raise UsageError(
+                "the model does not run on these inputs", where=self.name, got=f"{shapes}: {_first_line(error)}",
+                remedy="Choose a batch and sequence size the model was exported for.",
+            ) from error
 
 
 class _OrtBound(Bound):

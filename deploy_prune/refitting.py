@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from deploy_prune.activations import watching
 from deploy_prune.adapters import find_sites
 from deploy_prune.errors import ArtifactError, DataError, RefitError
 from deploy_prune.files import atomic_file, existing
@@ -79,27 +80,13 @@ def collect_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[B
     RefitError when activations are not finite.
     """
     sums = {site.name: _Accumulator() for site in sites}
-    valid: Tensor | None = None
-
-    def hook_for(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            sums[name].add(x[valid] if valid is not None else x.reshape(-1, x.shape[-1]))
-
-        return hook
-
-    handles = [model.get_submodule(s.out).register_forward_pre_hook(hook_for(s.name)) for s in sites]
     device = next(model.parameters()).device
-    mask_name = next((spec.name for spec in signature.inputs if spec.role == "mask"), None)
-    try:
+    with watching(model, sites, lambda name, x: sums[name].add(x)) as watch:
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-            valid = inputs[mask_name].bool() if mask_name else None
+            watch.attend(signature, inputs)
             signature.call(model, inputs)
             progress.advance(len(next(iter(inputs.values()))))
-    finally:
-        for handle in handles:
-            handle.remove()
     if any(not s.count for s in sums.values()):
         raise DataError("no calibration data for the refit", remedy="Give the task calibration data.")
     moments = {name: s.result() for name, s in sums.items()}

@@ -1,0 +1,73 @@
+"""Helpers of several test files: signatures of the tiny models, random paths, and the forms of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploy_prune.adapters import find_sites
+from deploy_prune.architecture import weights_sha256
+from deploy_prune.budget import CostModel
+from deploy_prune.path import SolutionPath
+from deploy_prune.signature import Signature, TensorSpec
+from deploy_prune.units import groups, unit_key
+
+FAMILIES = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")
+SIZES = {"batch": 2, "sequence": 11}
+
+
+def image_signature(size: int = 32, classes: int = 5) -> Signature:
+    return Signature(
+        (TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),),
+        TensorSpec("logits", "float32", ("batch", classes)),
+        lambda model, inputs: model(inputs["pixel_values"]),
+    )
+
+
+def text_signature(output: tuple[int | str, ...], vocabulary: int = 99) -> Signature:
+    def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+
+    return Signature(
+        (
+            TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=vocabulary),
+            TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"),
+        ),
+        TensorSpec("logits", "float32", output),
+        call,
+    )
+
+
+def signature_of(family: str) -> Signature:
+    """The signature of one of the tiny fixtures."""
+    return {
+        "tiny_vit": image_signature(),
+        "tiny_bert": text_signature(("batch", 3)),
+        "tiny_distilbert": text_signature(("batch", 2)),
+        "tiny_llama": text_signature(("batch", "sequence", 99)),
+    }[family]
+
+
+def random_path(model: nn.Module, signature: Signature, seed: int = 0, **more: Any) -> SolutionPath:
+    """A path with random importance, for properties that hold whatever the search."""
+    sites = find_sites(model)
+    inputs = signature.random_inputs({**SIZES, "batch": 1}, seed=seed)
+    generator = np.random.default_rng(seed)
+    costs = CostModel.measure(model, sites, signature, inputs)
+    importance = {unit_key(s.name, k): generator.random(s.counts[k]) * costs.unit_params(s, k) for s, k in groups(sites)}
+    return SolutionPath.from_importance(importance, model="tiny", weights_sha256=weights_sha256(model), sites=sites,
+                                        costs=costs, method="random", **more)
+
+
+def output(model: nn.Module, signature: Signature, *, seed: int = 3, padding: bool = True) -> Tensor:
+    """The model's output on made-up inputs, without gradients."""
+    with torch.no_grad():
+        return signature.call(model, signature.random_inputs(SIZES, seed=seed, padding=padding))
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())

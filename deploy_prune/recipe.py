@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_text import expand, explain, override, parse
@@ -37,9 +37,14 @@ class TaskPart(Part):
 
 
 class SearchPart(Part):
-    """How the order of leaving is found. `options` are those of the method."""
+    """How the order of leaving is found. `examples` null takes all calibration data; `allocation` null is the method's
+    own; `options` are those of the method."""
 
     method: str = "spp"
+    examples: Count | None = None
+    batch_size: Count = 16
+    precision: Literal["bf16", "fp32"] = "bf16"
+    allocation: Literal["global", "separate", "uniform"] | None = None
     options: dict[str, Any] = {}
 
 
@@ -93,7 +98,7 @@ class RefitPart(Part):
 class ExportPart(Part):
     """The ONNX files. `checkpoints` also stores every member as safetensors with its plan."""
 
-    opset: Annotated[int, Field(ge=17)] = 18
+    opset: Annotated[int, Field(ge=18)] = 18
     checkpoints: bool = True
 
 
@@ -136,9 +141,14 @@ class Recipe(Part):
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()
     bench: BenchPart = BenchPart()
-    precision: Literal["fp32", "mixed"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+
+    _portable: dict[str, Any] | None = PrivateAttr(default=None)
+
+    def portable(self) -> dict[str, Any]:
+        """As `resolved`, with `${NAME}` left as it was written: what a bundle may say without naming this machine."""
+        return self.resolved() if self._portable is None else self._portable
 
     def resolved(self) -> dict[str, Any]:
         """Everything the run depends on as plain JSON data, defaults spelled out."""
@@ -160,10 +170,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = override(data, overrides)
     data.setdefault("name", path.stem)
     unset: list[str] = []
-    data = expand(data, unset)
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(expand(data, unset))
+        recipe._portable = _portable(data)
     except ValidationError as error:
         problems += explain(error, Recipe)
     if problems:
@@ -216,6 +226,13 @@ def find_recipe(source: str | Path) -> Path:
         raise UnavailableError("no such recipe file", where=str(path),
                                remedy=f"Built-in recipes go by name: {', '.join(known)}.")
     raise UsageError(f"no built-in recipe {str(source)!r}", remedy=did_you_mean(str(source), list(known)))
+
+
+def _portable(data: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return Recipe.model_validate(data).resolved()
+    except ValidationError:  # a variable stands where a number belongs; only the expanded form is a recipe
+        return None
 
 
 def _figure(value: float) -> str:

@@ -80,6 +80,15 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return problems
 
 
+def settings_of(settings: Sequence[str], flag: str) -> dict[str, Any]:
+    """`["steps=40"]` -> {"steps": 40}; values are YAML. Raises RecipeError listing every malformed one."""
+    data: dict[str, Any] = {}
+    problems = [problem.replace("--set", flag, 1) for problem in override(data, settings)]
+    if problems:
+        raise RecipeError("malformed options", problems=problems)
+    return data
+
+
 def expand(value: Any, unset: list[str], where: str = "") -> Any:
     """`value` with `${NAME}` in every string replaced from the environment; names that are not set go to `unset`."""
     if isinstance(value, dict):

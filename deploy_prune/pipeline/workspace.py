@@ -130,6 +130,19 @@ def discard(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
+def refuse_foreign_file(path: Path) -> None:
+    """Raise UsageError when `path` holds something that no search of ours wrote; an earlier solution path may go."""
+    from deploy_prune.path import SolutionPath
+
+    if not path.exists():
+        return
+    try:
+        SolutionPath.load(path)
+    except ArtifactError as error:
+        raise UsageError("the output is taken", where=str(path), expected="nothing, or an earlier solution path",
+                         got="another file", remedy="Choose another file with -o; nothing was touched.") from error
+
+
 def work_directory(out: Path) -> Path:
     """Where the stages of `out` are kept."""
     return out.with_name(out.name + ".work")

@@ -1,0 +1,63 @@
+"""`deploy-prune search`: a model becomes a solution path, from which any member can be cut later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploy_prune.cli import console
+
+
+@click.command(short_help="Score every unit of a model and write the solution path.")
+@click.argument("model")
+@click.option("--task", required=True, help="What the model does: image-classification, text-classification, ...")
+@click.option("--data", required=True, help="Calibration data: digits:train, imagefolder:DIR, tsv:FILE, hf:ID, ...")
+@click.option("--eval", "evaluation", help="Evaluation data, kept in the path for `export`.")
+@click.option("--task-option", "task_options", multiple=True, metavar="KEY=VALUE", help="An option of the task.")
+@click.option("--method", default="spp", show_default=True, help="spp, fisher, taylor, magnitude, random.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method: steps=120")
+@click.option("--examples", type=click.IntRange(1), help="Calibration examples.  [default: all]")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option("--allocation", type=click.Choice(["global", "separate", "uniform"]), help="How sites share the cut.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PATH.safetensors")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def command(
+    model: str, task: str, data: str, evaluation: str | None, task_options: tuple[str, ...], method: str,
+    settings: tuple[str, ...], output: Path, as_json: bool, **how: Any,
+) -> None:
+    """Search MODEL (timm:, hf:, gguf: or python: reference) and write the solution path.
+
+    One path serves every budget: `deploy-prune export PATH --sparsity .3,.5 -o BUNDLE`.
+    """
+    from deploy_prune.cli.inspect import describe_path
+    from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.pipeline.stages import find_path
+    from deploy_prune.pipeline.workspace import refuse_foreign_file
+    from deploy_prune.recipe import recipe_from
+    from deploy_prune.recipe_text import settings_of
+
+    refuse_foreign_file(output)
+    device, seed = how.pop("device"), how.pop("seed")
+    recipe = recipe_from({
+        "name": "search",
+        "model": model,
+        "task": {"name": task, "calibration": data, "evaluation": evaluation,
+                 "options": settings_of(task_options, "--task-option")},
+        "search": {"method": method, "options": settings_of(settings, "--set"), **how},
+        "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
+        "device": device,
+        "seed": seed,
+    }, where="the command line")
+    find_path(prepare(recipe, console.progress())).save(output)
+    report = describe_path(str(output))
+    if as_json:
+        console.emit_json(report)
+    else:
+        console.note(f"wrote {output}: {sum(row['units'] for row in report['groups'])} units in "
+                     f"{len(report['groups'])} groups, {report['prunable parameters']} of {report['parameters']} "
+                     "parameters prunable")

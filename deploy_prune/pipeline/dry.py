@@ -1,0 +1,160 @@
+"""A dry run: everything a recipe names is checked as far as that needs no download, and what a run would do is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.errors import DeployPruneError, UnavailableError
+from deploy_prune.pipeline.setup import check_names, local_data
+from deploy_prune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploy_prune.sources import SourceInfo
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would do. `missing` must be mended before it can; `fetch` is what it would download."""
+
+    recipe: str
+    out: str
+    model: str
+    sites: list[str]
+    data: list[str]
+    members: list[str]
+    stages: list[str]
+    fetch: list[str]
+    missing: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """The outlook as lines for a person."""
+        lines = [f"recipe {self.recipe} -> {self.out}", f"model: {self.model}"]
+        lines += [f"  {line}" for line in self.sites]
+        lines += [f"data: {line}" for line in self.data]
+        lines.append(f"members: {', '.join(['dense', *self.members])}")
+        lines += [f"{number}. {stage}" for number, stage in enumerate(self.stages, start=1)]
+        lines += [f"would fetch: {line}" for line in self.fetch]
+        lines += [f"missing: {line}" for line in self.missing]
+        return "\n".join(lines)
+
+    def raise_for_missing(self) -> None:
+        """Raise UnavailableError when the run could not start."""
+        if self.missing:
+            raise UnavailableError("this recipe cannot run here yet", problems=self.missing,
+                                   remedy="`deploy-prune doctor` says what is installed; --set changes a location.")
+
+
+def dry_run(recipe: Recipe, out: Path) -> Outlook:
+    """Look ahead without writing or downloading anything. Raises UsageError for unknown names."""
+    from deploy_prune.sources import describe_source
+
+    check_names(recipe)
+    fetch: list[str] = []
+    missing: list[str] = []
+    source = describe_source(recipe.model)
+    if not source.exists:
+        hub = source.location.startswith("hub:")
+        (fetch if hub else missing).append(f"model {source.location}")
+    data = []
+    for role, reference in (("calibration", recipe.task.calibration), ("evaluation", recipe.task.evaluation)):
+        if reference is None:
+            data.append(f"{role}: none, quality is not measured")
+            continue
+        location, exists = local_data(reference)
+        data.append(f"{role}: {reference}")
+        if exists is None:
+            fetch.append(f"{role} data {location}, unless it is in the local cache")
+        elif not exists:
+            missing.append(f"{role} data {location}")
+    missing += _absent_runtimes(recipe) + _absent_device(recipe)
+    members = recipe.family.member_names()
+    return Outlook(recipe.name, str(out), _said(source), _sites(recipe, source), data, members, _stages(recipe, members),
+                   fetch, missing)
+
+
+def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
+    search = recipe.search
+    examples = "all" if search.examples is None else str(search.examples)
+    stages = [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
+    if recipe.refit.enabled:
+        stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
+    cut = "plan, refit, cut" if recipe.refit.enabled else "plan, cut"
+    stages.append("dense: export, parity, quality")
+    stages.append(f"each of {len(members)} members: {cut}, export, parity, quality")
+    if recipe.bench.enabled:
+        bench = recipe.bench
+        cells = f"batch {', '.join(map(str, bench.batch))}"
+        cells += f"; sequence {', '.join(map(str, bench.seq))}" if bench.seq else ""
+        stages.append(f"bench: {', '.join(bench.runtimes)}; {cells}; {bench.seconds:g} s for each model and cell")
+    stages.append("bundle: assemble, then rename into place")
+    return stages
+
+
+def _said(source: SourceInfo) -> str:
+    text = f"{source.reference} ({source.location})" if source.location not in source.reference else source.reference
+    return text + (", which runs its own Python code" if source.runs_user_code else "")
+
+
+def _sites(recipe: Recipe, source: SourceInfo) -> list[str]:
+    """The prunable groups, where the model's shape can be had without a download and without running user code."""
+    from deploy_prune.adapters import adapter_for
+    from deploy_prune.budget import count_params
+    from deploy_prune.units import groups
+
+    if source.runs_user_code:
+        return ["sites: known when the model is loaded; a dry run does not run its code"]
+    model = _shell(recipe, source)
+    if model is None:
+        return ["sites: known when the model is here"]
+    adapter = adapter_for(model)
+    sites = adapter.sites(model)
+    lines = [f"{adapter.name}, {count_params(model):,} parameters, {len(sites)} sites"]
+    found = groups(sites, None)
+    for kind in dict.fromkeys(kind for _, kind in found):
+        counts = [site.counts[kind] for site, k in found if k is kind]
+        each = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        lines.append(f"{sum(counts):,} units of kind {kind.value} ({len(counts)} sites with {each})")
+    return lines
+
+
+def _shell(recipe: Recipe, source: SourceInfo) -> nn.Module | None:
+    """The model, or its architecture with random weights when that is enough and the weights are not here."""
+    from deploy_prune.references import model_reference
+    from deploy_prune.sources import load_model
+
+    if source.exists:
+        return load_model(recipe.model)
+    if source.kind == "timm":
+        reference = model_reference(recipe.model)
+        return load_model(f"timm:{reference.location}", pretrained=False, **reference.arguments)
+    return None
+
+
+def _absent_runtimes(recipe: Recipe) -> list[str]:
+    from bench.runtimes import get_runtime
+
+    absent = []
+    for name in recipe.bench.runtimes if recipe.bench.enabled else ["ort-cpu"]:
+        try:
+            get_runtime(name)
+        except DeployPruneError as error:
+            absent.append(f"runtime {name}: {error.got or error.what}" + (f" ({error.remedy})" if error.remedy else ""))
+    return absent
+
+
+def _absent_device(recipe: Recipe) -> list[str]:
+    from deploy_prune.pipeline.setup import choose_device
+
+    try:
+        choose_device(recipe.device)
+    except UnavailableError as error:
+        return [f"device {recipe.device}: {error.what}"]
+    return []

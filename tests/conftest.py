@@ -51,9 +51,10 @@ def tiny_vit() -> nn.Module:
     """timm VisionTransformer, 32x32 RGB in, 5 classes; 2 blocks, width 48, 3 heads of 16, 96 neurons."""
     from deploy_prune.architecture import Architecture
 
-    arguments: dict[str, Any] = dict(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5
-    )
+    arguments: dict[str, Any] = {
+        "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0,
+        "num_classes": 5,
+    }
     return randomize(Architecture("timm", "vit_tiny_patch16_224", arguments).build())
 
 

@@ -35,7 +35,8 @@ def save_embedder(path: Path, vocabulary: int = 7) -> Path:
         helper.make_node("Unsqueeze", ["m", "last"], ["m3"]),
         helper.make_node("Mul", ["wt", "m3"], ["y"]),
     ]
-    ids = [(name, TensorProto.INT64, ["batch", "sequence"]) for name in ("input_ids", "token_type_ids", "attention_mask")]
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    ids: list[tuple[str, int, list[int | str]]] = [(n, TensorProto.INT64, ["batch", "sequence"]) for n in names]
     return _save(path, nodes, ids, ("y", ["batch", "sequence", 2]), weights)
 
 

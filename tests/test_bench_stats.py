@@ -26,7 +26,8 @@ def coverage(ratio: float, draws: int, **options: float) -> float:
     held = 0
     for seed in range(draws):
         candidate, baseline = drawn(ratio, seed, **options)  # type: ignore[arg-type]
-        interval = ratio_of_medians(candidate, baseline, seed=seed, resamples=400, sessions=int(options.get("sessions", 1)))
+        sessions = int(options.get("sessions", 1))
+        interval = ratio_of_medians(candidate, baseline, seed=seed, resamples=400, sessions=sessions)
         held += interval.low <= ratio <= interval.high
     return held / draws
 

@@ -109,7 +109,7 @@ class OrtSession(Session):
 
     @contextmanager
     def _refusals(self, inputs: Mapping[str, np.ndarray]) -> Iterator[None]:
-        refusals = (*_ort_errors(), ValueError)
+        refusals: tuple[type[Exception], ...] = (*_ort_errors(), ValueError)
         try:
             yield
         except refusals as error:

@@ -78,8 +78,9 @@ class LatencyReport:
 def summarise(samples: Samples) -> LatencyReport:
     """All figures of a cell. The same samples give the same report: the bootstrap is seeded with the samples' seed."""
     baseline = samples.of(samples.names[0])
-    ratios = {name: ratio_of_medians(samples.of(name), baseline, sessions=samples.sessions, seed=samples.seed)
-              for name in samples.names}
+    ratios = {samples.names[0]: Ratio(1.0, 1.0, 1.0)}
+    for name in samples.names[1:]:
+        ratios[name] = ratio_of_medians(samples.of(name), baseline, sessions=samples.sessions, seed=samples.seed)
     self_check = ratios[samples.names[1]]
     latencies = []
     for name in samples.names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from onnx_models import save_mlp
 from bench.report import LatencyReport, summarise
 from bench.runtimes import Bound, Runtime, Session
 from bench.samples import Samples
+from bench.stats import ratio_of_medians
 from bench.timing import MAX_WARM_UP_NS, WINDOW, measure, plan_schedule, warm_up
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 
@@ -146,7 +148,10 @@ def test_figures_follow_from_the_clock(three: FakeRuntime) -> None:
     assert report.trusted
 
 
-def test_session_spread_that_would_fool_one_session_is_in_the_interval_of_several() -> None:
+def test_session_spread_that_would_fool_one_session_is_in_the_interval_of_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.report.ratio_of_medians", functools.partial(ratio_of_medians, resamples=400))
     held = []
     for seed in range(12):
         runtime = FakeRuntime({"dense": 1e6}, spread=0.05, session_spread=0.03)
@@ -167,6 +172,15 @@ def test_self_check_that_misses_one_marks_the_cell_as_untrusted() -> None:
     report = measured(Drifting({"dense": 1e6}), sessions=1, rounds=30, calls=1)
     assert not report.trusted
     assert report.to_json()["self_check"]["result"] == "failed"
+
+
+def test_a_change_no_larger_than_the_self_check_is_no_measurable_change() -> None:
+    steady = np.random.default_rng(0).normal(1e6, 1e3, (30, 1, 2))
+    ns = np.concatenate([steady, 1.05 * steady, 0.97 * steady, 0.90 * steady], axis=1).astype(np.int64)
+    names = ("dense", "dense (again)", "little", "much")
+    report = summarise(Samples(names, ns, np.tile(np.arange(4), (30, 1)), {"batch": 1}, seed=0))
+    assert (report["little"].verdict, report["much"].verdict) == ("no measurable change", "faster")
+    assert report["little"].ratio.high < 1
 
 
 def test_garbage_collection_is_off_while_timing_and_restored(three: FakeRuntime) -> None:

@@ -98,13 +98,7 @@ def memory_bytes() -> tuple[int, int] | None:
 
 def package_versions() -> dict[str, str | None]:
     """Installed version of each package that bears on results, None when absent. Imports none of them."""
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    return {package: version(package) for package in PACKAGES}
+    return {package: _version(package) for package in PACKAGES}
 
 
 def environment() -> dict[str, Any]:
@@ -121,6 +115,14 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name, version in package_versions().items() if version},
     }
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _os_name() -> str:

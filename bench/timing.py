@@ -99,24 +99,20 @@ def measure(
     taken: list[tuple[np.ndarray, np.ndarray]] = []
     schedule: Schedule | None = None
     listener.start(len(names), "load and warm up")
-    try:
+    with _no_garbage_collection(), _finished(listener):
         for turn in range(sessions):
             models: dict[int, Bound] = {}
             for index in generator.permutation(len(names)).tolist():
-                session = runtime.load(files[index], threads=threads)
-                models[index] = session.bind(inputs)
-                facts[index] = session.describe()
+                models[index], facts[index] = _load(runtime, files[index], inputs, threads)
                 warm[index].append(warm_up(models[index], clock))
                 if turn == 0:
                     listener.advance(1, names[index])
             if schedule is None:
-                schedule = plan_schedule([w[0].median_ns for w in warm], seconds, sessions, rounds, calls)
+                schedule = plan_schedule([each[0].median_ns for each in warm], seconds, sessions, rounds, calls)
                 listener.finish()
                 listener.start(schedule.sessions * schedule.rounds, "measure")
             taken.append(run_rounds([models[i] for i in range(len(names))], schedule, generator, clock, listener))
-            models.clear()
-    finally:
-        listener.finish()
+            models.clear()  # before the next session takes its memory
     return summarise(Samples(
         names=names, seed=seed, sessions=sessions,
         ns=np.concatenate([ns for ns, _ in taken]), order=np.concatenate([order for _, order in taken]),
@@ -126,6 +122,14 @@ def measure(
         runtime=dict(zip(names, facts, strict=True)),
         environment=place,
     ))
+
+
+def _load(
+    runtime: Runtime, file: Path | str, inputs: Mapping[str, np.ndarray], threads: int | None
+) -> tuple[Bound, dict[str, Any]]:
+    session = runtime.load(file, threads=threads)
+    bound = session.bind(inputs)
+    return bound, session.describe()
 
 
 def warm_up(model: Callable[[], None], clock: Clock = time.perf_counter_ns) -> WarmUp:
@@ -166,18 +170,25 @@ def run_rounds(
 
     ns = np.empty((schedule.rounds, len(models), schedule.calls), np.int64)
     order = np.stack([generator.permutation(len(models)) for _ in range(schedule.rounds)])
-    with _no_garbage_collection():
-        for turn in range(schedule.rounds):
-            for index in order[turn].tolist():
-                model, row = models[index], ns[turn, index]
-                if schedule.settle:
-                    model()  # brings the weights back into the caches, as in a server that runs one model
-                for call in range(schedule.calls):
-                    start = clock()
-                    model()
-                    row[call] = clock() - start
-            progress.advance()
+    for turn in range(schedule.rounds):
+        for index in order[turn].tolist():
+            model, row = models[index], ns[turn, index]
+            if schedule.settle:
+                model()  # brings the weights back into the caches, as in a server that runs one model
+            for call in range(schedule.calls):
+                start = clock()
+                model()
+                row[call] = clock() - start
+        progress.advance()
     return ns, order
+
+
+@contextmanager
+def _finished(progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        progress.finish()
 
 
 @contextmanager

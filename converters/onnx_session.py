@@ -1,0 +1,62 @@
+"""Running an ONNX file on the CPU, plainly, to see what it computes; how fast it does is for `bench`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.errors import ArtifactError, UnavailableError
+from deploy_prune.files import existing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class OnnxSession:
+    """One file, loaded by onnxruntime's CPU provider with its default graph optimisations: as users will run it."""
+
+    def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
+        """Raises UnavailableError without onnxruntime or file, ArtifactError when onnxruntime refuses the model."""
+        path = existing(path, "ONNX file")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UnavailableError("onnxruntime is not installed", remedy="pip install 'deploy-prune[cpu]' (or [gpu])"
+                                   ) from error
+        options: Any = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; its warnings concern providers nobody asked for
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        with _explained("onnxruntime cannot load the model", path):
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.path = path
+
+    @property
+    def inputs(self) -> list[tuple[str, str, list[int | str]]]:
+        """(name, type, shape) of every input, for example ("images", "tensor(float)", ["batch", 3, 224, 224])."""
+        return [(i.name, i.type, list(i.shape)) for i in self._session.get_inputs()]
+
+    @property
+    def outputs(self) -> list[tuple[str, str, list[int | str]]]:
+        return [(o.name, o.type, list(o.shape)) for o in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The first output. Raises ArtifactError when onnxruntime cannot compute it."""
+        with _explained("onnxruntime cannot run the model", self.path):
+            result: np.ndarray = self._session.run(None, dict(inputs))[0]
+        return result
+
+
+@contextlib.contextmanager
+def _explained(what: str, path: Path) -> Iterator[None]:
+    """Errors of onnxruntime, whose classes have no common base, as ArtifactError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ArtifactError(what, where=str(path), got=str(error)[:400],
+                            remedy="The file is damaged, or needs a newer onnxruntime.") from error

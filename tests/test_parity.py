@@ -68,21 +68,35 @@ def test_real_examples_are_compared_beside_made_up_inputs(vit):
     assert [check.sizes for check in report.pairs[0].checks] == [{"batch": 1}, {"batch": 4}]
 
 
-def test_corrupted_weight_in_the_file_is_caught(vit, tmp_path):
-    model, path, signature = vit
+def damaged(path, change, to):
+    """`path` with one weight changed by `change`, written to `to`."""
     proto = onnx.load(path)
     initializer = next(i for i in proto.graph.initializer if i.name == "blocks.1.mlp.fc2.weight.T")
     value = numpy_helper.to_array(initializer).copy()
-    value[3, 7] += 0.5
+    value[3, 7] += change
     initializer.CopyFrom(numpy_helper.from_array(value, initializer.name))
-    onnx.save(proto, tmp_path / "bad.onnx")
+    onnx.save(proto, to)
+    return to
+
+
+def test_corrupted_weight_in_the_file_is_caught_by_the_outputs(vit, tmp_path):
+    model, path, signature = vit
+    bad = damaged(path, 0.5, tmp_path / "bad.onnx")
     with pytest.raises(ParityError) as caught:
-        check_parity({"compact": model, "onnx": tmp_path / "bad.onnx"}, signature)
+        check_parity({"compact": model, "onnx": bad}, signature, same_weights=False)
     text = str(caught.value)
     assert caught.value.exit_code == 1
     assert len(caught.value.problems) == len(parity_sizes(signature))
     assert "compact -> onnx at batch 3: error" in text and "tolerance 1e-04" in text
     assert "first at output[0, " in text and "damaged weight" in text
+
+
+def test_corrupted_weight_too_small_to_show_in_the_outputs_is_caught(vit, tmp_path):
+    model, path, signature = vit
+    bad = damaged(path, 1e-6, tmp_path / "bad.onnx")
+    check_parity({"compact": model, "onnx": bad}, signature, same_weights=False)
+    with pytest.raises(ParityError, match=r"blocks.1.mlp.fc2.weight.T differs in 1 of 4608 values"):
+        check_parity({"compact": model, "onnx": bad}, signature)
 
 
 def swap_heads(layer, width):

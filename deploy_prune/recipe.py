@@ -103,17 +103,19 @@ class ExportPart(Part):
 
 
 class ParityPart(Part):
-    """How equal masked, compact and ONNX must be, relative to the largest output."""
+    """How equal masked, compact and ONNX must be, relative to the largest output. `examples` real ones are added to the
+    made-up inputs."""
 
     tolerance: Positive = 1e-4
     examples: Count = 4
 
 
 class QualityPart(Part):
-    """How the reported quality is measured. `limit` null takes all evaluation data."""
+    """How the reported quality is measured. `limit` null takes all evaluation data, `batch_size` null
+    the task's own."""
 
     limit: Count | None = None
-    batch_size: Count = 32
+    batch_size: Count | None = None
 
 
 class BenchPart(Part):
@@ -167,8 +169,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(source)
     data = parse(path)
-    problems = override(data, overrides)
     data.setdefault("name", path.stem)
+    return recipe_from(data, overrides, where=str(path))
+
+
+def recipe_from(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """A recipe from data in memory; overrides, environment and errors as in `load_recipe`."""
+    problems = override(data, overrides)
     unset: list[str] = []
     recipe: Recipe | None = None
     try:
@@ -178,20 +185,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += explain(error, Recipe)
     if problems:
         noun = "problem" if len(problems + unset) == 1 else "problems"
-        raise RecipeError(f"{len(problems + unset)} {noun}", where=str(path), problems=[*problems, *unset],
+        raise RecipeError(f"{len(problems + unset)} {noun}", where=where, problems=[*problems, *unset],
                           remedy="`deploy-prune run --schema` prints every key with its meaning.")
     if unset or recipe is None:
-        raise UnavailableError("the recipe needs environment variables that are not set", where=str(path),
-                               problems=unset, remedy="Set them, or give the values that use them with --set KEY=VALUE.")
+        raise UnavailableError("environment variables are not set", where=where, problems=unset,
+                               remedy="Set them, or give the values that use them with --set KEY=VALUE.")
     return recipe
-
-
-def recipe_from(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from data that is already in memory. Raises RecipeError with every mistake."""
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError("not a valid recipe", where=where, problems=explain(error, Recipe)) from error
 
 
 def schema() -> dict[str, Any]:

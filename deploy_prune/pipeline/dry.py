@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run would do. `missing` must be mended before it can; `fetch` is what it would download."""
+    """What a run would do. `fetch` is what it would download; `missing` must be mended before it can start."""
 
     recipe: str
     out: str
@@ -42,7 +42,6 @@ class Outlook:
         lines.append(f"members: {', '.join(['dense', *self.members])}")
         lines += [f"{number}. {stage}" for number, stage in enumerate(self.stages, start=1)]
         lines += [f"would fetch: {line}" for line in self.fetch]
-        lines += [f"missing: {line}" for line in self.missing]
         return "\n".join(lines)
 
     def raise_for_missing(self) -> None:
@@ -130,12 +129,25 @@ def _shell(recipe: Recipe, source: SourceInfo) -> nn.Module | None:
     from deploy_prune.references import model_reference
     from deploy_prune.sources import load_model
 
+    if source.exists and source.kind == "gguf":
+        return _shell_of_gguf(Path(source.location))
     if source.exists:
         return load_model(recipe.model)
     if source.kind == "timm":
         reference = model_reference(recipe.model)
         return load_model(f"timm:{reference.location}", pretrained=False, **reference.arguments)
     return None
+
+
+def _shell_of_gguf(file: Path) -> nn.Module:
+    """The architecture that a GGUF file's header describes, without weights: dequantising them takes a minute."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def _absent_runtimes(recipe: Recipe) -> list[str]:

@@ -83,6 +83,10 @@ def check_names(recipe: Recipe) -> None:
     problems = []
     if recipe.task.name not in TASKS:
         problems.append(f"task.name: unknown task {recipe.task.name!r}. {did_you_mean(recipe.task.name, list(TASKS))}")
+    else:
+        known = _task_options(recipe.task.name)
+        problems += [f"task.options.{name}: unknown option. {did_you_mean(name, known)}"
+                     for name in recipe.task.options if name not in known]
     if recipe.search.method not in METHODS:
         known = list(METHODS)
         problems.append(f"search.method: unknown method {recipe.search.method!r}. "
@@ -100,6 +104,15 @@ def check_names(recipe: Recipe) -> None:
     if problems:
         noun = "unknown name" if len(problems) == 1 else "unknown names"
         raise UsageError(f"{len(problems)} {noun}", where=f"recipe {recipe.name}", problems=problems)
+
+
+def _task_options(name: str) -> list[str]:
+    import inspect
+
+    from deploy_prune.tasks import task_class
+
+    parameters = inspect.signature(task_class(name).create).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def choose_device(asked: str) -> torch.device:

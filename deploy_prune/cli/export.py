@@ -1,0 +1,93 @@
+"""`deploy-prune export`: members at any budget, cut from a solution path that was searched before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deploy_prune.cli import console
+from deploy_prune.cli.run import report_bundle, resume_options
+from deploy_prune.errors import UsageError
+
+if TYPE_CHECKING:
+    from deploy_prune.path import SolutionPath
+
+BUDGETS = ("sparsity", "params", "macs", "bytes")
+
+
+def _targets(command: Any) -> Any:
+    meaning = {
+        "sparsity": "Shares of the prunable parameters to remove: .3,.5",
+        "params": "Parameters that may remain; below 1 a share of the dense model's.",
+        "macs": "Multiply-accumulates that may remain; below 1 a share of the dense model's.",
+        "bytes": "Bytes of weights that may remain; below 1 a share of the dense model's.",
+    }
+    for budget in reversed(BUDGETS):
+        command = click.option(f"--{budget}", metavar="X,...", help=meaning[budget])(command)
+    return command
+
+
+@click.command(short_help="Cut models at given budgets from a solution path into a bundle.")
+@click.argument("path", type=click.Path(path_type=Path))
+@_targets
+@click.option("--kinds", metavar="KIND,...", help="Only units of these kinds: head, neuron.  [default: all]")
+@click.option("--align", type=click.IntRange(1), default=1, show_default=True, help="Widths at a multiple of this.")
+@click.option("--model", help="Model reference, where it is not the path's own; its weights must be the same.")
+@click.option("--data", help="Calibration data for the refit, where it is not the path's own.")
+@click.option("--eval", "evaluation", help="Evaluation data, where it is not the path's own.")
+@click.option("--no-refit", is_flag=True, help="Cut only; do not correct the weights that stay.")
+@click.option("--no-bench", is_flag=True, help="Do not time the models.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the recipe: refit.ridge=1e-2")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
+@resume_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    path: Path, kinds: str | None, align: int, model: str | None, data: str | None, evaluation: str | None,
+    no_refit: bool, no_bench: bool, settings: tuple[str, ...], output: Path, mode: str | None, as_json: bool,
+    **targets: str | None,
+) -> None:
+    """Cut members from PATH, the file that `search` wrote, or a bundle's path.safetensors.
+
+    Nothing is searched again: each member takes seconds.
+    """
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline import run_recipe
+    from deploy_prune.recipe import recipe_from
+
+    loaded = SolutionPath.load(path)
+    family = {**_family(targets), "kinds": kinds.split(",") if kinds else None, "align": align}
+    described = recipe_of(loaded, family)
+    changes = [f"{key}={value}" for key, value in (
+        ("model", model), ("task.calibration", data), ("task.evaluation", evaluation)) if value]
+    changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
+    recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")
+    outcome = run_recipe(recipe, output, mode=mode or "new", path=loaded,  # type: ignore[arg-type]
+                         progress=console.progress())
+    report_bundle(outcome.out, as_json)
+
+
+def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that a path remembers, with another family. Raises UsageError when it remembers no task."""
+    options = dict(path.options)
+    task = options.pop("task", None)
+    if task is None:
+        raise UsageError("the path does not say what task it was searched for", where=path.model,
+                         remedy="Write it with `deploy-prune search` or `run`; from Python use path.plan and "
+                         "dp.export_onnx.")
+    search = {name: options.pop(name, None) for name in ("examples", "batch_size", "precision", "allocation")}
+    return {"name": "export", "model": path.model, "task": task, "seed": options.pop("seed", 0), "family": family,
+            "search": {"method": path.method, **{k: v for k, v in search.items() if v is not None}, "options": options}}
+
+
+def _family(targets: dict[str, str | None]) -> dict[str, Any]:
+    given = {budget: text for budget, text in targets.items() if text is not None}
+    if len(given) != 1:
+        raise click.UsageError(f"Give one of {', '.join('--' + budget for budget in BUDGETS)}.")
+    (budget, text), = given.items()
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--{budget} takes numbers separated by commas", expected=".3,.5", got=text) from None
+    return {"budget": budget, "targets": values}

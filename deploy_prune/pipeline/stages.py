@@ -1,0 +1,242 @@
+"""The steps of a run as plain functions: find a path, collect moments, cut a member, prove it, judge it, time it.
+
+Each takes what it needs and returns what it made; `run.py` strings them together and decides where the results live.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.errors import ParityError
+from deploy_prune.pipeline.setup import Setup
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from bench.report import LatencyReport
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.refitting import Moments
+
+DENSE = "dense"
+DEFAULT_SEQUENCE = 128  # tokens per example where the recipe names none
+
+
+@dataclass
+class Clock:
+    """Wall-clock seconds of named steps, in the order taken."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def find_path(setup: Setup) -> SolutionPath:
+    """Search the model once. The path remembers the task, so that members can be cut from the file alone."""
+    from deploy_prune.methods import search
+
+    recipe, how = setup.recipe, setup.recipe.search
+    model = setup.model.to(setup.device)
+    try:
+        path = search(
+            model, setup.task, how.method, allocation=how.allocation, examples=how.examples, batch_size=how.batch_size,
+            precision=how.precision, seed=recipe.seed, model_name=recipe.portable()["model"], progress=setup.progress,
+            **how.options,
+        )
+    finally:
+        model.cpu()
+    return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"]})
+
+
+def moments_of(setup: Setup) -> Moments:
+    """First and second moments of what every output projection reads, over the refit's calibration examples."""
+    from deploy_prune.refitting import collect_moments
+
+    how = setup.recipe.refit
+    limit = min(how.examples or setup.task.calibration_size, setup.task.calibration_size)
+    model = setup.model.to(setup.device)
+    setup.progress.start(limit, "moments")
+    try:
+        return collect_moments(
+            model, setup.sites, setup.task.calibration(how.batch_size, limit, setup.recipe.seed), setup.task.signature,
+            progress=setup.progress,
+        )
+    finally:
+        setup.progress.finish()
+        model.cpu()
+
+
+def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
+    """Name -> plan of every member, largest first. Raises BudgetError for a target no plan of the path reaches."""
+    family = setup.recipe.family
+    return {
+        name: path.plan(budget=family.budget, value=value, kinds=family.kinds, align=family.align)
+        for name, value in zip(family.member_names(), family.values, strict=True)
+    }
+
+
+def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
+    """Write the dense model's ONNX into `directory` and prove it; returns the facts for the manifest."""
+    from converters.parity import check_parity
+
+    clock = Clock()
+    onnx = directory / f"{DENSE}.onnx"
+    with clock.step("export"):
+        exported = export(setup, setup.model, onnx, DENSE)
+    with clock.step("parity"):
+        parity = check_parity({"dense": setup.model, "onnx": onnx}, setup.task.signature, **_parity_options(setup))
+    with clock.step("quality"):
+        quality = judge(setup, onnx, directory)
+    return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
+
+
+def make_member(setup: Setup, name: str, plan: PrunePlan, moments: Moments | None, directory: Path, *,
+                unread_bytes: int, reference: np.ndarray | None) -> dict[str, Any]:
+    """Refit, cut, export, prove and judge one member; its files go to `directory`, its facts are returned.
+
+    `unread_bytes` are parameters that the task's function never reads (see `unread_bytes`); `reference` holds the dense
+    model's answers when the metric is agreement. Raises ParityError when any two of the masked, compact and ONNX forms
+    differ, or the file holds other weights than the plan announced.
+    """
+    from converters.checkpoint import save_pruned
+    from converters.parity import check_parity
+    from converters.surgery import compact
+    from deploy_prune.gates import masked
+    from deploy_prune.refitting import refit
+
+    clock = Clock()
+    signature = setup.task.signature
+    plan.save(directory / "plan.json")
+    with clock.step("refit"):
+        source = setup.model if moments is None else refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge)
+    with clock.step("surgery"):
+        small = compact(source, plan, check_weights=moments is None)
+    onnx = directory / f"{name}.onnx"
+    with clock.step("export"):
+        exported = export(setup, small, onnx, name)
+    _check_bytes(name, plan, exported, unread_bytes)
+
+    def masked_form(inputs: Mapping[str, Tensor]) -> Tensor:
+        with masked(source, setup.sites, plan):
+            return signature.call(source, inputs)
+
+    with clock.step("parity"):
+        forms: dict[str, Any] = {"masked": masked_form, "compact": small, "onnx": onnx}
+        parity = check_parity(forms, signature, **_parity_options(setup))
+    with clock.step("quality"):
+        quality = judge(setup, onnx, directory, reference)
+    if setup.recipe.export.checkpoints:
+        with clock.step("checkpoint"):
+            save_pruned(small, plan, directory / "checkpoint", base_model=plan.model, tokenizer=tokenizer_of(setup))
+    return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
+
+
+def tokenizer_of(setup: Setup) -> Any:
+    """The tokenizer that a text model's checkpoint needs to be used; None for images."""
+    from deploy_prune.sources import load_tokenizer
+
+    if not any(spec.role == "ids" for spec in setup.task.signature.inputs):
+        return None
+    return load_tokenizer(str(setup.recipe.task.options.get("tokenizer") or setup.recipe.model))
+
+
+def export(setup: Setup, model: nn.Module, onnx: Path, name: str) -> dict[str, Any]:
+    """Write one ONNX file and return the export's report."""
+    from converters.onnx_export import export_onnx
+
+    return export_onnx(model, onnx, setup.task.signature, opset=setup.recipe.export.opset,
+                       metadata={"deploy_prune.member": name}).to_json()
+
+
+def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None) -> dict[str, Any] | None:
+    """The task's metric of an ONNX file as onnxruntime computes it; None without evaluation data."""
+    from deploy_prune.tasks.base import AGREEMENT
+
+    if setup.task.evaluation_size == 0:
+        return None
+    how = setup.recipe.quality
+    predict = onnx_predictor(onnx)
+    if setup.task.metric == AGREEMENT and reference is None:
+        reference = setup.task.reference_answers(predict, how.batch_size, how.limit, setup.progress)
+        _save_reference(reference, directory)
+    quality = setup.task.evaluate(predict, how.batch_size, how.limit, setup.progress, reference)
+    return quality.to_json()
+
+
+def onnx_predictor(onnx: Path) -> Any:
+    """A function of the named input tensors that runs `onnx` on the CPU provider."""
+    from converters.onnx_session import OnnxSession
+
+    session = OnnxSession(onnx)
+
+    def predict(inputs: Mapping[str, Tensor]) -> np.ndarray:
+        return session.run({name: tensor.numpy() for name, tensor in inputs.items()})
+
+    return predict
+
+
+def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
+    """Every cell of the recipe's latency table; the dense model is the first of `files` and the baseline."""
+    from bench.inputs import graph_inputs, has_sequence, make_inputs
+    from bench.runtimes import get_runtime
+    from bench.timing import measure
+
+    how, seed = setup.recipe.bench, setup.recipe.seed
+    specs = graph_inputs(files[DENSE])
+    lengths: Sequence[int | None] = how.seq or ([DEFAULT_SEQUENCE] if has_sequence(specs) else [None])
+    reports = []
+    for name in how.runtimes:
+        runtime = get_runtime(name)
+        for batch in how.batch:
+            for length in lengths:
+                inputs = make_inputs(specs, batch=batch, sequence=length, seed=seed)
+                sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
+                reports.append(measure(files, inputs, runtime=runtime, sizes=sizes, seconds=how.seconds,
+                                       threads=how.threads, seed=seed, progress=setup.progress))
+    return reports
+
+
+def _parity_options(setup: Setup) -> dict[str, Any]:
+    how = setup.recipe.parity
+    real = [batch.inputs for batch in setup.task.calibration(how.examples, limit=how.examples, seed=setup.recipe.seed)]
+    return {"examples": real, "seed": setup.recipe.seed, "tolerance": how.tolerance}
+
+
+def unread_bytes(setup: Setup, dense: Mapping[str, Any]) -> int:
+    """Bytes of parameters that the dense ONNX file does not hold, as the task's output does not depend on them (the
+    pooler of a BERT that embeds by the mean)."""
+    from deploy_prune.budget import BYTES_PER_PARAMETER, count_params
+
+    return BYTES_PER_PARAMETER * count_params(setup.model) - stored_bytes(dense)
+
+
+def stored_bytes(exported: Mapping[str, Any]) -> int:
+    """Bytes of model weights in an exported file, by its report."""
+    return sum(exported["initializers"]["weights"].values())
+
+
+def _check_bytes(name: str, plan: PrunePlan, exported: Mapping[str, Any], unread: int) -> None:
+    """The file must hold exactly the weights that the plan announced."""
+    assert plan.achieved is not None
+    announced, stored = plan.achieved.bytes - unread, stored_bytes(exported)
+    if stored != announced:
+        raise ParityError("the exported weights are not those the plan announced", where=name,
+                          expected=f"{announced} bytes", got=f"{stored} bytes",
+                          remedy="A layer kept its old shape, or a weight is stored twice.")
+
+
+def _save_reference(reference: np.ndarray, directory: Path) -> None:
+    import numpy as np
+
+    np.save(directory / "answers.npy", reference, allow_pickle=False)

@@ -1,0 +1,103 @@
+"""The registry of searches. To add one: a file beside this and a line in METHODS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.adapters import find_sites
+from deploy_prune.architecture import Architecture, weights_sha256
+from deploy_prune.budget import CostModel
+from deploy_prune.errors import UsageError, did_you_mean
+from deploy_prune.methods.base import Context, Method, Precision
+from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
+from deploy_prune.methods.spp import SppOptions, spp
+from deploy_prune.path import Allocation, SolutionPath
+from deploy_prune.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploy_prune.tasks.base import Task
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions),
+        Method("fisher", "squared gradient of the gates, summed over examples", fisher),
+        Method("taylor", "absolute summed gradient of the gates", taylor),
+        Method("magnitude", "squared weights of the coupled rows and columns", magnitude),
+        Method("random", "noise, the floor of every comparison", random),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """The registry entry. Raises UsageError naming the closest known method."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}", remedy=did_you_mean(name, list(METHODS)))
+    return METHODS[name]
+
+
+def check_options(method: Method, options: dict[str, Any]) -> Any:
+    """`options` as the method's own type. Raises UsageError listing every unknown or impossible one."""
+    from pydantic import ValidationError
+
+    try:
+        return method.options(**options)
+    except ValidationError as error:
+        known = list(method.options.model_fields)
+        problems = []
+        for e in error.errors():
+            name = ".".join(map(str, e["loc"]))
+            hint = did_you_mean(name, known) if e["type"] == "extra_forbidden" else f"got {e['input']!r}"
+            problems.append(f"{name}: {e['msg']}. {hint}")
+        raise UsageError(f"{len(problems)} bad option(s) for method {method.name}", problems=problems) from error
+
+
+def search(model: nn.Module, task: Task, method: str = "spp", *, allocation: Allocation | None = None,
+           examples: int | None = None, batch_size: int = 16, precision: Precision = "bf16", seed: int = 0,
+           model_name: str | None = None, progress: Progress | None = None, **options: Any) -> SolutionPath:
+    """Judge every unit of `model` on the task's calibration data and return the path on which they leave.
+
+    The weights are frozen and unchanged afterwards. `examples` bounds the calibration subset (default: all).
+    `allocation` says how units of different sites are ordered (see path.py). Same seed, data and versions: same path.
+    Raises UsageError (unknown method or option), UnsupportedModelError, DataError.
+    """
+    import torch
+
+    entry = get_method(method)
+    parsed = check_options(entry, options)
+    sites = find_sites(model)
+    hash_before = weights_sha256(model)
+    example = next(iter(task.calibration(1, limit=1, seed=seed)), None)
+    if example is None:
+        raise UsageError("no calibration data", where=task.name, remedy="Give the task calibration data.")
+    device = next(model.parameters()).device
+    training = model.training
+    required = [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
+        context = Context(model, sites, costs, task, examples or task.calibration_size, batch_size, precision, seed,
+                          progress or SILENT)
+        torch.manual_seed(seed)
+        importance = entry.run(context, parsed)
+    finally:
+        model.train(training)
+        for parameter, flag in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(flag)
+    return SolutionPath.from_importance(
+        {key: value.detach().cpu().double().numpy() for key, value in importance.items()},
+        allocation=allocation or entry.allocation, model=model_name or _name(model), weights_sha256=hash_before,
+        sites=sites, costs=costs, method=method,
+        options={"examples": context.examples, "batch_size": batch_size, "precision": precision, "seed": seed,
+                 **parsed.model_dump()},
+    )
+
+
+def _name(model: nn.Module) -> str:
+    try:
+        known = Architecture.of(model)
+    except UsageError:
+        return type(model).__name__
+    return f"{known.library}:{known.name}"

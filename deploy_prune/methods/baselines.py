@@ -1,0 +1,54 @@
+"""The baselines every comparison includes: random, weight magnitude, Taylor and Fisher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deploy_prune.gates import gated, open_gates
+from deploy_prune.methods.base import Context, Importance, NoOptions
+from deploy_prune.methods.statistics import gate_statistics
+from deploy_prune.units import groups, unit_key
+
+
+def random(context: Context, _: NoOptions) -> Importance:
+    """Uniform noise per parameter, so that under the global allocation every order of leaving is equally likely."""
+    generator = torch.Generator().manual_seed(context.seed)
+    return {
+        unit_key(s.name, k): torch.rand(s.counts[k], generator=generator, dtype=torch.float64)
+        * context.costs.unit_params(s, k)
+        for s, k in groups(context.sites)
+    }
+
+
+@torch.no_grad()
+def magnitude(context: Context, _: NoOptions) -> Importance:
+    """Σ w² over the unit's coupled rows and columns (biases left out); needs no data."""
+    importance: dict[str, Tensor] = {}
+    for site, kind in groups(context.sites):
+        total = torch.zeros(site.counts[kind], dtype=torch.float64)
+        for s in site.slices[kind]:
+            weight = context.model.get_parameter(f"{s.module}.weight").double()
+            squared = weight.square().sum(1 if s.axis == "out" else 0).cpu()
+            total += squared.view(s.parts, site.counts[kind], s.block).sum((0, 2))
+        importance[unit_key(site.name, kind)] = total
+    return importance
+
+
+def taylor(context: Context, _: NoOptions) -> Importance:
+    """|Σ ∂ℓ/∂m| over the calibration set: the first-order change of the loss when the unit leaves."""
+    gates = open_gates(context.sites, device=context.device)
+    total = {key: torch.zeros_like(gate, dtype=torch.float64) for key, gate in gates.items()}
+    for gate in gates.values():
+        gate.requires_grad_(True)
+    for batch in context.batches("taylor"):
+        with gated(context.model, context.sites, gates):
+            loss = context.task.loss(context.output(batch), batch).sum()
+        for key, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+            total[key] += gradient
+    return {key: gradient.abs() for key, gradient in total.items()}
+
+
+def fisher(context: Context, _: NoOptions) -> Importance:
+    """Σ over examples of (∂ℓ/∂m)², the diagonal empirical Fisher information of the gates (Kwon et al., 2022)."""
+    return gate_statistics(context, "fisher").curvature

@@ -1,0 +1,210 @@
+"""SPP: a solution path by differential inclusion on the gates (arXiv 2501.03289), weights frozen.
+
+One run of split linearised Bregman iteration lets units enter the support of Γ one after another, most needed
+first. The time of entry is the path: one search, every sparsity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deploy_prune.activations import watching
+from deploy_prune.gates import gated, open_gates
+from deploy_prune.methods.base import Context, Importance, Options
+from deploy_prune.tasks.base import Batch
+from deploy_prune.units import groups, unit_key
+
+Objective = Literal["distill", "task"]
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults, for the adaptive step
+# The controller of 1/ν moves it by at most this factor a step: fast enough to settle within 50 steps of a start that
+# is off by two orders of magnitude, slow enough not to chase the noise of one batch.
+CONTROL = 0.1
+
+
+class SppOptions(Options):
+    """Options of SPP. The defaults were chosen on held-out calibration images of ViT-Tiny (bench/notes.md)."""
+
+    steps: int = Field(120, ge=10, description="gradient steps")
+    rate: float = Field(0.02, gt=0, description="step of the gates")
+    pressure: float = Field(0.5, gt=0, description="rise of the objective, per example, to which 1/ν is steered")
+    nu: float | None = Field(None, gt=0, description="fixed ν; unset: steered by pressure")
+    entry_share: float = Field(0.4, gt=0, lt=1, description="a gate that stays at 1 enters after this share of steps")
+    kappa: float = Field(10.0, gt=0, description="κ, the gain from V to Γ")
+    adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
+    deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
+    objective: Objective | None = Field(None, description="distance to the dense outputs, or the task's own loss; "
+                                        "unset: distill, but task for causal-lm, whose outputs are too large to keep")
+
+
+@dataclass
+class SplitLBI:
+    """Split linearised Bregman iteration on any differentiable loss L, from M = 1, V = Γ = 0.
+
+        L̄(M, Γ) = L(M) + (1/2ν) ‖M − Γ‖²
+        M ← M − κα ∇_M L̄,    V ← V + (α/ν)(M − Γ),    Γ ← κ · sign(V) · max(|V| − 1, 0)
+
+    `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more may
+    be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square as in the paper's released code, so that `step_m`
+    suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1, interpolated within its step;
+    infinity where it has not.
+    """
+
+    M: dict[str, Tensor]
+    step_m: float
+    step_v: float
+    kappa: float
+    adaptive: bool = False
+    steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        def zeros() -> dict[str, Tensor]:
+            return {key: torch.zeros_like(m) for key, m in self.M.items()}
+
+        self.V, self.Γ, self.first, self.second = zeros(), zeros(), zeros(), zeros()
+        self.entry = {key: torch.full_like(m, math.inf) for key, m in self.M.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], coupling: Mapping[str, float]) -> None:
+        """One step, with ∂L/∂M given; both are (units,) by key."""
+        self.steps += 1
+        for key, M in self.M.items():
+            gap = M - self.Γ[key]
+            direction = gradients[key] + coupling[key] * gap
+            before = self.V[key].abs()
+            self.V[key] += self.step_v * gap
+            M -= self.step_m * (self._adapted(key, direction) if self.adaptive else direction)
+            after = self.V[key].abs()
+            self.Γ[key] = self.kappa * self.V[key].sign() * (after - 1).clamp(min=0)
+            new = (after > 1) & self.entry[key].isinf()
+            passed = (1 - before) / (after - before)
+            self.entry[key] = torch.where(new, self.steps - 1 + passed, self.entry[key])
+
+    def entry_time(self, key: str) -> Tensor:
+        """Time of entry in steps, (units,) float64; of a unit still outside, when V's mean rate would bring it in."""
+        rate = (self.V[key].abs().double() / self.steps).clamp(min=1e-12)
+        return torch.where(self.entry[key].isfinite(), self.entry[key].double(), 1 / rate)
+
+    def _adapted(self, key: str, direction: Tensor) -> Tensor:
+        first, second = self.first[key], self.second[key]
+        first.mul_(BETA1).add_(direction, alpha=1 - BETA1)
+        second.mul_(BETA2).addcmul_(direction, direction, value=1 - BETA2)
+        return (first / (1 - BETA1**self.steps)) / ((second / (1 - BETA2**self.steps)).sqrt() + EPSILON)
+
+
+class SppSearch:
+    """The search as a loop a caller may drive: set up from a context, `step` over its batches, then `importance`.
+
+    Setting up costs one forward pass over the calibration subset: it gives the mean activations, the objective of the
+    dense model and, to distil, its outputs. Those and the batches stay in memory; no state is held for any weight.
+    """
+
+    def __init__(self, context: Context, options: SppOptions) -> None:
+        self.context, self.options = context, options
+        self.objective: Objective = options.objective or ("task" if context.task.name == "causal-lm" else "distill")
+        self.batches: list[Batch] = []
+        self.references: list[Tensor] = []
+        means, self.dense_loss = self._look()
+        self.means = means if options.deviation else None
+        gates = open_gates(context.sites, device=context.device)
+        self.lbi = SplitLBI({key: gate.requires_grad_(True) for key, gate in gates.items()}, step_m=options.rate,
+                            step_v=1 / (options.entry_share * options.steps), kappa=options.kappa,
+                            adaptive=options.adaptive)
+        params = {unit_key(s.name, k): float(context.costs.unit_params(s, k)) for s, k in groups(context.sites)}
+        self.cost = {key: p / min(params.values()) for key, p in params.items()}
+        self.inverse_nu = 0.0 if options.nu is None else 1 / options.nu
+        self.rise = 0.0
+
+    def step(self, batch: Batch, reference: Tensor | None) -> float:
+        """One forward and backward pass and one step of the inclusion; returns the objective's rise over dense."""
+        with gated(self.context.model, self.context.sites, self.lbi.M, self.means):
+            loss = self._losses(self.context.output(batch), reference, batch).mean()
+        gradients = dict(zip(self.lbi.M, torch.autograd.grad(loss, list(self.lbi.M.values())), strict=True))
+        rise = float(loss) - self.dense_loss
+        if self.options.nu is None:
+            self._steer(rise, gradients)
+        self.lbi.step(gradients, {key: self.inverse_nu * cost for key, cost in self.cost.items()})
+        return rise
+
+    def run(self) -> Importance:
+        """All steps, then the importance of every unit."""
+        generator = torch.Generator().manual_seed(self.context.seed)
+        order: list[int] = []
+        progress = self.context.progress
+        progress.start(self.options.steps, "spp: search")
+        try:
+            for _ in range(self.options.steps):
+                order = order or torch.randperm(len(self.batches), generator=generator).tolist()
+                index = order.pop()
+                reference = self.references[index] if self.references else None
+                rise = self.step(self.batches[index], reference)
+                progress.advance(note=f"rise {rise:.3f}, {self.entered():.0%} entered")
+        finally:
+            progress.finish()
+        return self.importance()
+
+    def importance(self) -> Importance:
+        """A unit's parameters over its time of entry, so that ordering by importance per parameter is by entry."""
+        return {
+            unit_key(s.name, k): self.context.costs.unit_params(s, k) / self.lbi.entry_time(unit_key(s.name, k))
+            for s, k in groups(self.context.sites)
+        }
+
+    def entered(self) -> float:
+        """Share of the units that are in the support of Γ."""
+        inside = sum(int(entry.isfinite().sum()) for entry in self.lbi.entry.values())
+        return inside / sum(len(entry) for entry in self.lbi.entry.values())
+
+    def _steer(self, rise: float, gradients: Mapping[str, Tensor]) -> None:
+        """Move 1/ν so that the rise settles at the asked pressure: ν must follow the loss's own scale.
+
+        It starts at the median absolute gradient per cost of the first batch, the scale at which the pull is felt.
+        """
+        pressure = self.options.pressure
+        if not self.inverse_nu:
+            relative = torch.cat([g.abs() / self.cost[key] for key, g in gradients.items()])
+            self.inverse_nu = float(relative.median().clamp(min=torch.finfo(torch.float32).tiny))
+            self.rise = rise
+            return
+        self.rise = 0.7 * self.rise + 0.3 * rise
+        off = math.log(pressure / max(self.rise, 1e-3 * pressure))
+        self.inverse_nu *= math.exp(CONTROL * max(-1.0, min(1.0, off)))
+
+    @torch.no_grad()
+    def _look(self) -> tuple[dict[str, Tensor], float]:
+        """Keep the batches; the mean input of every output projection; the dense model's mean objective."""
+        sums: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
+        losses: list[Tensor] = []
+
+        def see(site: str, x: Tensor) -> None:
+            tokens[site] = tokens.get(site, 0) + len(x)
+            sums[site] = sums.get(site, torch.zeros((), device=x.device)) + x.double().sum(0)
+
+        with watching(self.context.model, self.context.sites, see) as watch:
+            for batch in self.context.batches("spp: dense outputs"):
+                watch.attend(self.context.task.signature, batch.inputs)
+                output = self.context.output(batch)
+                self.batches.append(batch)
+                if self.objective == "distill":
+                    self.references.append(output)
+                else:
+                    losses.append(self.context.task.loss(output, batch))
+        means = {site: (total / tokens[site]).float() for site, total in sums.items()}
+        return means, float(torch.cat(losses).mean()) if losses else 0.0
+
+    def _losses(self, output: Tensor, reference: Tensor | None, batch: Batch) -> Tensor:
+        if reference is None:
+            return self.context.task.loss(output, batch)
+        return self.context.task.distance(output, reference, batch)
+
+
+def spp(context: Context, options: SppOptions) -> Importance:
+    """One search: every unit's importance from its time of entry."""
+    return SppSearch(context, options).run()

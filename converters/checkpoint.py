@@ -27,31 +27,32 @@ WEIGHTS, PLAN, ARCHITECTURE, RECORD = "model.safetensors", "plan.json", "archite
 OWN_FILES = (WEIGHTS, PLAN, ARCHITECTURE, RECORD)
 
 
-def save_pruned(model: nn.Module, plan: PrunePlan, directory: Path | str, *, base_model: str,
+def save_pruned(model: nn.Module, plan: PrunePlan, directory: Path | str, *, base_model: str | None = None,
                 extra: Mapping[str, Path] | None = None, tokenizer: Any = None) -> Path:
     """Write the compact `model`, cut by `plan`, as a directory, atomically; returns the directory.
 
-    `base_model` names the dense model in words. `extra` maps file names to files that are copied beside the weights;
-    a `tokenizer` is saved in `tokenizer/`. Raises PlanError when `model` does not have the shape `plan` gives it.
+    `base_model` names the dense model in words (default: as the plan does). `extra` maps file names to files that are
+    copied beside the weights; a `tokenizer` is saved in `tokenizer/`. Raises PlanError when `model` does not have the
+    shape `plan` gives it.
     """
     from safetensors.torch import save_file
 
     _check_shape(model, plan)
     architecture = Architecture.of(model)
-    if clash := sorted(set(extra or {}) & {*OWN_FILES, "tokenizer"}):
-        raise UsageError("extra files would replace the checkpoint's own", got=", ".join(clash))
+    if clash := sorted(n for n in extra or {} if n in (*OWN_FILES, "tokenizer") or Path(n).name != n):
+        raise UsageError("not names for extra files", got=", ".join(clash),
+                         expected="plain file names other than the checkpoint's own")
     directory = Path(directory)
     with atomic_dir(directory) as room:
         save_file(own_tensors(model), room / WEIGHTS, metadata={"format": "pt"})
         plan.save(room / PLAN)
         write_json(room / ARCHITECTURE, architecture.to_json())
         for name, source in (extra or {}).items():
-            (room / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(existing(source), room / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(room / "tokenizer")
         write_json(room / RECORD, {
-            "_type": "PrunedCheckpoint", "_version": VERSION, "base_model": base_model,
+            "_type": "PrunedCheckpoint", "_version": VERSION, "base_model": base_model or plan.model,
             "sha256": sha256_file(room / WEIGHTS), "bytes": (room / WEIGHTS).stat().st_size,
             "parameters": sum(p.numel() for p in model.parameters()),
             "attn_implementation": getattr(getattr(model, "config", None), "_attn_implementation", None),

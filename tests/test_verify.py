@@ -191,3 +191,17 @@ def test_what_is_no_bundle_is_said_to_be_none(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="not a bundle"):
         verify(tmp_path / "file")
+
+
+def test_data_beside_the_graph_is_checked_as_the_graph_is(bundle):
+    path = bundle / "models/dense.onnx"
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="dense.onnx.data", size_threshold=1024)
+    data = path.with_name("dense.onnx.data")
+    rehash(bundle, dense={"external": "models/dense.onnx.data",
+                          "bytes": path.stat().st_size + data.stat().st_size})
+    verify(bundle)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"models/dense.onnx.data: has sha256"):
+        verify(bundle)

@@ -34,7 +34,7 @@ class TextClassification(Classification):
         names = ["input_ids", "attention_mask"]
         pairs = "text2" in calibration.columns
         if evaluation is not None and ("text2" in evaluation.columns) != pairs:
-            raise DataError("only one of calibration and evaluation data has pairs of texts", where=evaluation.reference,
+            raise DataError("only one of calibration and evaluation data has pairs", where=evaluation.reference,
                             expected="the columns " + ", ".join(calibration.columns),
                             got=", ".join(evaluation.columns), remedy="Map text2 with ?text2=COLUMN in both.")
         if pairs and "token_type_ids" in tokenizer.model_input_names:

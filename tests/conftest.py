@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,3 +94,27 @@ def tiny_llama() -> nn.Module:
         bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
     )
     return randomize(LlamaForCausalLM(config))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[nn.Module], Path]:
+    """Saves a tiny HF model with a word-level tokenizer ("w0" ... "w94") as a model folder; returns the folder."""
+
+    def save(model: Any) -> Path:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(95))]
+        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        if "CausalLM" not in type(model).__name__:
+            backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+            model_max_length=40, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        ).save_pretrained(folder)
+        return folder
+
+    return save

@@ -57,8 +57,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        os.chmod(temporary, 0o666 & ~_umask())
         yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and some writers make files that only their owner may read
         _sync(temporary)
         os.replace(temporary, path)
         temporary = None
@@ -83,6 +83,7 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())
                 _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-old", dir=path.parent))

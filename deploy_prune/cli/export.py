@@ -64,8 +64,8 @@ def command(
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")
     outcome = run_recipe(recipe, output, mode=mode or "new", path=loaded,  # type: ignore[arg-type]
-                         progress=console.progress())
-    report_bundle(outcome.out, as_json)
+                         progress=console.progress(), note=console.note)
+    report_bundle(outcome, as_json)
 
 
 def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:

@@ -138,3 +138,25 @@ def describe_recipe(source: str) -> dict[str, Any]:
 
     recipe = load_recipe(source)
     return {"type": "recipe", **recipe.resolved(), "members": [{"name": name} for name in recipe.family.member_names()]}
+
+
+def describe_bundle(directory: str) -> dict[str, Any]:
+    """The members of a bundle, as its manifest tells; `verify` says whether it is true."""
+    from deploy_prune.pipeline.summary import rows, summary
+    from deploy_prune.release.manifest import MANIFEST, Manifest
+
+    bundle = Path(directory)
+    manifest = Manifest.load(bundle / MANIFEST)
+    columns, table = rows(summary(bundle))
+    return {
+        "type": "bundle",
+        "name": manifest.name,
+        "model": manifest.base.reference,
+        "parameters": manifest.base.parameters,
+        "weights_sha256": manifest.base.weights_sha256,
+        "task": manifest.task.get("name"),
+        "inputs": "; ".join(f"{t.name} {t.dtype}{t.shape}" for t in manifest.inputs),
+        "output": f"{manifest.output.name} {manifest.output.dtype}{manifest.output.shape}",
+        "files": len(manifest.files),
+        "members": [dict(zip(columns, row, strict=True)) for row in table],
+    }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploy_prune.cli import console
+
+if TYPE_CHECKING:
+    from deploy_prune.pipeline import Outcome
 
 
 def resume_options(command: Any) -> Any:
@@ -61,16 +64,18 @@ def run_and_report(
         return
     from deploy_prune.pipeline import run_recipe
 
-    outcome = run_recipe(recipe, out, mode=mode or "new", progress=console.progress())  # type: ignore[arg-type]
-    report_bundle(outcome.out, as_json)
+    outcome = run_recipe(recipe, out, mode=mode or "new", progress=console.progress(), note=console.note)  # type: ignore[arg-type]
+    report_bundle(outcome, as_json)
 
 
-def report_bundle(out: Path, as_json: bool) -> None:
+def report_bundle(outcome: Outcome, as_json: bool) -> None:
     """Print the family of a finished bundle."""
-    from deploy_prune.pipeline.summary import print_summary, summary
+    from deploy_prune.pipeline.summary import rows, summary
 
-    found = summary(out)
+    found = summary(outcome.out)
     if as_json:
         console.emit_json(found)
-    else:
-        print_summary(found)
+        return
+    console.table(*rows(found))
+    console.note(f"{'already whole' if outcome.already else 'wrote'}: {outcome.out} "
+                 f"(deploy-prune verify {outcome.out})")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
-from deploy_prune.pipeline.bundling import assemble, is_bundle, made_by
+from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
 from deploy_prune.pipeline.setup import Setup, prepare
 from deploy_prune.pipeline.workspace import Mode, Stage, Workspace, discard, fingerprint, open_workspace, work_directory
 from deploy_prune.progress import SILENT, Progress
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
 
-FACTS = "facts.json"
-PATH = "path.safetensors"
-MOMENTS = "moments.safetensors"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -34,27 +32,35 @@ class Outcome:
 
 
 def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", path: SolutionPath | None = None,
-               progress: Progress = SILENT) -> Outcome:
+               progress: Progress = SILENT, note: Callable[[str], None] = lambda text: None) -> Outcome:
     """Run `recipe` and leave its bundle in `out`; with `path` given, nothing is searched.
 
-    `mode` says what may happen to an earlier run (see workspace.py). Raises the errors of every step; none leaves an
+    `mode` says what may happen to an earlier run (see workspace.py); `note` is told of every stage. Raises the errors of every step; none leaves an
     `out` behind. ParityError means that a member was not what it should be.
     """
     setup = prepare(recipe, progress)
+    if path is not None:
+        checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
-    if mode == "resume" and made_by(out, wanted):
+    if mode == "resume" and is_bundle(out):
+        if not made_by(out, wanted):
+            raise UsageError("the output is the bundle of another run", where=str(out),
+                             got="a manifest of another recipe, data, weights or versions",
+                             remedy="--fresh replaces it when the new one is whole; --out chooses another directory.")
         discard(work_directory(out))
         return Outcome(out, already=True)
-    with open_workspace(out, mode, is_output=is_bundle) as workspace:
+    with open_workspace(out, mode, is_output=is_bundle, note=note) as workspace:
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
         dense = dense_stage(workspace, setup)
         members = member_stages(workspace, setup, searched, moments, dense)
         timed = bench_stage(workspace, setup, dense, members)
+        models = {stages.DENSE: dense, **members}
+        made = [stage for stage in (searched, *models.values(), timed) if stage is not None]
         bundle = workspace.stage(
             "bundle",
-            {"run": wanted, "parts": [s.fingerprint for s in (searched, dense, *members.values(), timed) if s]},
-            lambda directory: assemble(directory, setup, wanted, workspace.stages),
+            {"run": wanted, "parts": [stage.fingerprint for stage in made]},
+            lambda directory: assemble(directory, setup, wanted, searched, models, timed, workspace.seconds),
         )
         workspace.finish(bundle)
     return Outcome(out)
@@ -99,11 +105,11 @@ def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
 
 def member_stages(workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None,
                   dense: Stage) -> dict[str, Stage]:
-    """One stage per member. All plans are cut first, so that a target out of reach is known before any work."""
+    """One stage per member. All plans are made first, so that a target out of reach is known before any work."""
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import load_moments
 
-    plans = stages.plans_of(setup, SolutionPath.load(searched.directory / PATH))
+    plans = checked_plans(setup, SolutionPath.load(searched.directory / PATH))
     unread = stages.unread_bytes(setup, read_json(dense.directory / FACTS)["export"])
     loaded = None
     done = {}
@@ -128,6 +134,14 @@ def member_stages(workspace: Workspace, setup: Setup, searched: Stage, moments: 
     return done
 
 
+def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
+    """The plan of every member. Raises PlanError when the path is of other weights, BudgetError out of reach."""
+    plans = stages.plans_of(setup, path)
+    for name, plan in plans.items():
+        plan.validate_for(setup.sites, setup.weights_sha256, where=f"plan {name}")
+    return plans
+
+
 def bench_stage(workspace: Workspace, setup: Setup, dense: Stage, members: dict[str, Stage]) -> Stage | None:
     """Raw samples and figures of every cell, unless the recipe does without."""
     how = setup.recipe.bench
@@ -141,7 +155,7 @@ def bench_stage(workspace: Workspace, setup: Setup, dense: Stage, members: dict[
             cell = report.to_json()
             name = "-".join([str(cell["runtime"]), *(f"{k}{v}" for k, v in report.samples.sizes.items())])
             report.save_raw(directory / f"{name}.samples.json")
-            write_json(directory / f"{name}.json", cell)
+            write_json(directory / f"{name}.cell.json", cell)
 
     inputs = {"models": [stage.fingerprint for stage in made.values()], **_parts(setup, "bench")}
     return workspace.stage("bench", inputs, work)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from deploy_prune.refitting import Moments
 
 DENSE = "dense"
+# Files that a model's stage leaves for the bundle, beside NAME.onnx.
+PLAN = "plan.json"
+SAMPLES = "samples.safetensors"
+CHECKPOINT = "checkpoint"
 DEFAULT_SEQUENCE = 128  # tokens per example where the recipe names none
 
 
@@ -89,6 +93,7 @@ def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
 def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
     """Write the dense model's ONNX into `directory` and prove it; returns the facts for the manifest."""
     from converters.parity import check_parity
+    from deploy_prune.release.samples import record_samples
 
     clock = Clock()
     onnx = directory / f"{DENSE}.onnx"
@@ -98,6 +103,7 @@ def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
         parity = check_parity({"dense": setup.model, "onnx": onnx}, setup.task.signature, **_parity_options(setup))
     with clock.step("quality"):
         quality = judge(setup, onnx, directory)
+    record_samples(directory / SAMPLES, setup.model, setup.task.signature, seed=setup.recipe.seed)
     return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
 
 
@@ -114,10 +120,11 @@ def make_member(setup: Setup, name: str, plan: PrunePlan, moments: Moments | Non
     from converters.surgery import compact
     from deploy_prune.gates import masked
     from deploy_prune.refitting import refit
+    from deploy_prune.release.samples import record_samples
 
     clock = Clock()
     signature = setup.task.signature
-    plan.save(directory / "plan.json")
+    plan.save(directory / PLAN)
     with clock.step("refit"):
         source = setup.model if moments is None else refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge)
     with clock.step("surgery"):
@@ -136,9 +143,10 @@ def make_member(setup: Setup, name: str, plan: PrunePlan, moments: Moments | Non
         parity = check_parity(forms, signature, **_parity_options(setup))
     with clock.step("quality"):
         quality = judge(setup, onnx, directory, reference)
+    record_samples(directory / SAMPLES, small, signature, seed=setup.recipe.seed)
     if setup.recipe.export.checkpoints:
         with clock.step("checkpoint"):
-            save_pruned(small, plan, directory / "checkpoint", base_model=plan.model, tokenizer=tokenizer_of(setup))
+            save_pruned(small, plan, directory / CHECKPOINT, base_model=plan.model, tokenizer=tokenizer_of(setup))
     return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
 
 

@@ -49,9 +49,14 @@ def fingerprint(inputs: Any) -> str:
 class Workspace:
     """The stages of the run that will become `out`. Make one with `open_workspace`."""
 
-    def __init__(self, out: Path, directory: Path) -> None:
-        self.out, self.directory = out, directory
+    def __init__(self, out: Path, directory: Path, note: Callable[[str], None] = lambda text: None) -> None:
+        self.out, self.directory, self.note = out, directory, note
         self.stages: list[Stage] = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds of every stage so far; of a reused one, what it took when it was made."""
+        return {stage.name: stage.seconds for stage in self.stages}
 
     def stage(self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], None]) -> Stage:
         """The stage `name` made from `inputs`: an earlier whole one, or what `work(directory)` now writes.
@@ -61,7 +66,10 @@ class Workspace:
         wanted = fingerprint({"stage": name, "inputs": inputs})
         directory = self.directory / name
         done = self._whole(name, directory, wanted)
-        if done is None:
+        if done is not None:
+            self.note(f"{name}: whole from an earlier run")
+        else:
+            self.note(f"{name} ...")
             started = time.monotonic()
             with atomic_dir(directory) as temporary:
                 work(temporary)
@@ -92,8 +100,9 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool]) -> Iterator[Workspace]:
-    """The workspace `OUT.work` of `out`, locked against a second run.
+def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool],
+                   note: Callable[[str], None] = lambda text: None) -> Iterator[Workspace]:
+    """The workspace `OUT.work` of `out`, locked against a second run; `note` is told of every stage.
 
     `is_output` tells whether a directory is an earlier output of ours, which "fresh" may replace; nothing else is ever
     deleted. Raises UsageError when something is in the way, UnavailableError when another run is at work or the place
@@ -119,7 +128,7 @@ def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool]) 
             for child in directory.iterdir():
                 if child.is_dir():
                     shutil.rmtree(child)
-        yield Workspace(out, directory)
+        yield Workspace(out, directory, note)
     finally:
         os.close(lock)
 

@@ -145,7 +145,7 @@ def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float =
         weight, shift = refit_output(own, layer.weight, kept, ridge, centred=layer.bias is not None)
         layer.weight[:, kept.to(layer.weight.device)] = weight.to(layer.weight)
         if layer.bias is not None:
-            layer.bias += shift.to(layer.bias)
+            layer.bias.add_(shift.to(layer.bias))
     return result
 
 

@@ -9,11 +9,20 @@ the same batches; the figure is the ratio of medians with a bootstrap interval.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deploy_prune.methods.base import Context
+    from deploy_prune.signature import Signature
+    from deploy_prune.tasks.base import Batch
+    from deploy_prune.units import Site
 
 MODELS = ("vit-tiny", "distilbert", "smollm2")
 
@@ -38,8 +47,6 @@ def main(models: tuple[str, ...], steps: int, precision: str, out: Path | None) 
 
 def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
     """Milliseconds of a plain and of an SPP step on one model, and the ratio of their medians."""
-    import torch
-
     from bench.stats import ratio_of_medians
     from deploy_prune.adapters import find_sites
     from deploy_prune.budget import CostModel
@@ -49,25 +56,111 @@ def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
     model, task = _build(name)
     model.requires_grad_(False)
     sites = find_sites(model)
-    inputs = next(iter(task.calibration(1))).inputs
-    costs = CostModel.measure(model, sites, task.signature, inputs)
+    costs = CostModel.measure(model, sites, task.signature, next(task.calibration(1, 1)).inputs)
     context = Context(model, sites, costs, task, task.calibration_size, task.batch, precision, 0)  # type: ignore[arg-type]
     search = SppSearch(context, SppOptions(steps=10 * steps))
-    first = model.get_submodule(sites[0].slices[next(iter(sites[0].counts))][0].module)
     times: dict[str, list[float]] = {"plain": [], "spp": []}
     generator = np.random.default_rng(0)
     for round_ in range(steps + 3):
+        batch = search.batches[round_ % len(search.batches)]
+        reference = search.references[round_ % len(search.batches)] if search.references else None
         for kind in generator.permutation(["plain", "spp"]):
-            index = round_ % len(search.batches)
             start = time.perf_counter()
             if kind == "spp":
-                search.step(index)
+                search.step(batch, reference)
             else:
-                _plain_step(context, search, index, first)
-            if round_ >= 3:
+                _plain_step(context, sites[0], batch, search.objective, reference)
+            if round_ >= 3:  # the first rounds fill caches
                 times[str(kind)].append(1e3 * (time.perf_counter() - start))
-    ratio, low, high = ratio_of_medians(np.array(times["spp"]), np.array(times["plain"]), seed=0)
+    ratio = ratio_of_medians(np.array([times["spp"]]), np.array([times["plain"]]), seed=0)
     return {"model": name, "precision": precision, "batch": task.batch, "steps": steps,
             "plain_ms": float(np.median(times["plain"])), "spp_ms": float(np.median(times["spp"])),
-            "ratio": ratio, "interval": [low, high], "raw_ms": times, "state_bytes": search.state_bytes(),
-            "weight_bytes": sum(4 * p.numel() for p in model.parameters())}
+            "ratio": ratio.value, "interval": [ratio.low, ratio.high], "raw_ms": times,
+            "state_bytes": search.lbi.state_bytes(), "weight_bytes": sum(4 * p.numel() for p in model.parameters())}
+
+
+def _plain_step(context: Context, first: Site, batch: Batch, objective: str, reference: Tensor | None) -> None:
+    """Forward and backward through the whole frozen model: the gradient goes down to the first site's input."""
+    import torch
+
+    layer = context.model.get_submodule(first.slices[next(iter(first.counts))][0].module)
+    inputs: list[Tensor] = []
+
+    def want_gradient(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs.append(args[0].detach().requires_grad_(True))
+        return (inputs[0],)
+
+    handle = layer.register_forward_pre_hook(want_gradient)
+    try:
+        output = context.output(batch)
+        if objective == "distill":
+            assert reference is not None
+            losses = context.task.distance(output, reference, batch)
+        else:
+            losses = context.task.loss(output, batch)
+        torch.autograd.grad(losses.mean(), inputs)
+    finally:
+        handle.remove()
+
+
+class RandomTask:
+    """Random inputs and labels of a model's own shapes."""
+
+    def __init__(self, name: str, signature: Signature, batch: int, sequence: int, classes: int) -> None:
+        self.name, self.signature, self.batch, self.sequence, self.classes = name, signature, batch, sequence, classes
+        self.calibration_size = 4 * batch
+
+    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
+        import torch
+
+        from deploy_prune.tasks.base import Batch
+
+        for start in range(0, limit or self.calibration_size, batch_size):
+            inputs = self.signature.random_inputs({"batch": batch_size, "sequence": self.sequence}, seed=seed + start)
+            shape = (batch_size, self.sequence) if self.name == "causal-lm" else (batch_size,)
+            yield Batch(inputs, torch.randint(0, self.classes, shape))
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        assert batch.target is not None
+        losses = cross_entropy(output.flatten(0, -2), batch.target.flatten(), reduction="none")
+        return losses.view(len(batch), -1).mean(1)
+
+    def distance(self, output: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+        from torch.nn.functional import kl_div, log_softmax
+
+        return kl_div(log_softmax(output, -1), log_softmax(reference, -1), log_target=True, reduction="none").sum(-1)
+
+
+def _build(name: str) -> tuple[nn.Module, RandomTask]:
+    from deploy_prune.signature import Signature, TensorSpec
+
+    ids, mask = (TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=30000),
+                 TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"))
+
+    def text(output: tuple[str | int, ...]) -> Signature:
+        return Signature((ids, mask), TensorSpec("logits", "float32", output), lambda model, x: model(**x).logits)
+
+    if name == "vit-tiny":
+        import timm
+
+        pixels = TensorSpec("pixel_values", "float32", ("batch", 3, 224, 224))
+        logits = TensorSpec("logits", "float32", ("batch", 1000))
+        signature = Signature((pixels,), logits, lambda model, x: model(x["pixel_values"]))
+        return (timm.create_model("vit_tiny_patch16_224").eval(),
+                RandomTask("image-classification", signature, 16, 0, 1000))
+    import transformers
+
+    if name == "distilbert":
+        config = transformers.DistilBertConfig(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, num_labels=2)
+        model = transformers.DistilBertForSequenceClassification(config).eval()
+        return model, RandomTask("text-classification", text(("batch", 2)), 32, 64, 2)
+    shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                 num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, use_cache=False)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    return model, RandomTask("causal-lm", text(("batch", "sequence", 49152)), 4, 256, 49152)
+
+
+if __name__ == "__main__":
+    main()

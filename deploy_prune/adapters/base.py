@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.units import Site, SiteKind, Slice, UnitKind
@@ -28,6 +28,11 @@ class Adapter(ABC):
     @abstractmethod
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
         """Set the attributes (head counts, widths) that the cut at `site` made stale; its layers are cut already."""
+
+
+def module_at(model: nn.Module, name: str) -> Any:
+    """The submodule `name`, untyped: an adapter knows its class and its attributes, the type checker does not."""
+    return model.get_submodule(name)
 
 
 def attention_site(

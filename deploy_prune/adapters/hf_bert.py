@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site
+from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site, module_at
 from deploy_prune.units import Site, SiteKind, UnitKind
 
 if TYPE_CHECKING:
@@ -42,6 +42,6 @@ class HfBert(Adapter):
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
         if site.kind is SiteKind.ATTENTION:
-            attention = model.get_submodule(f"{site.name}.self")
+            attention = module_at(model, f"{site.name}.self")
             attention.num_attention_heads = kept[UnitKind.HEAD]
             attention.all_head_size = kept[UnitKind.HEAD] * site.head_dim

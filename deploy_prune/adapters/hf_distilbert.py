@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site
+from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site, module_at
 from deploy_prune.units import Site, SiteKind, UnitKind
 
 if TYPE_CHECKING:
@@ -41,6 +41,6 @@ class HfDistilBert(Adapter):
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
         if site.kind is SiteKind.ATTENTION:
-            attention = model.get_submodule(site.name)
+            attention = module_at(model, site.name)
             attention.n_heads = kept[UnitKind.HEAD]
             attention.dim = kept[UnitKind.HEAD] * site.head_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site
+from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site, module_at
 from deploy_prune.units import Site, SiteKind, UnitKind
 
 if TYPE_CHECKING:
@@ -47,4 +47,4 @@ class HfLlama(Adapter):
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
         """Whole groups leave, so `num_key_value_groups` stays true; LlamaAttention reads widths off its layers."""
         if site.kind is SiteKind.FEED_FORWARD:
-            model.get_submodule(site.name).intermediate_size = kept[UnitKind.NEURON]
+            module_at(model, site.name).intermediate_size = kept[UnitKind.NEURON]

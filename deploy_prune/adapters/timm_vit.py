@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deploy_prune.adapters.base import Adapter, checked, feed_forward_site
+from deploy_prune.adapters.base import Adapter, checked, feed_forward_site, module_at
 from deploy_prune.units import Site, SiteKind, Slice, UnitKind
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class TimmViT(Adapter):
         sites: list[Site] = []
         problems: list[str] = []
         for i, block in enumerate(model.blocks):  # type: ignore[arg-type, union-attr]
-            attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+            attention: Any = getattr(block, "attn", None)
+            mlp: Any = getattr(block, "mlp", None)
             name = f"blocks.{i}.attn"
             if type(attention) is not Attention:
                 problems.append(f"{name}: {type(attention).__name__}, expected timm.layers.Attention")
@@ -48,7 +49,7 @@ class TimmViT(Adapter):
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
         if site.kind is SiteKind.ATTENTION:
-            attention = model.get_submodule(site.name)
+            attention = module_at(model, site.name)
             attention.num_heads = kept[UnitKind.HEAD]
             attention.attn_dim = kept[UnitKind.HEAD] * site.head_dim
 

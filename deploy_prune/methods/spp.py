@@ -23,19 +23,18 @@ from deploy_prune.units import groups, unit_key
 
 Objective = Literal["distill", "task"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults, for the adaptive step
-# The controller of 1/ν moves it by at most this factor a step: fast enough to settle within 50 steps of a start that
-# is off by two orders of magnitude, slow enough not to chase the noise of one batch.
-CONTROL = 0.1
+FLOOR = 1e-5  # of 1/ν; losses are in nats per example, where useful couplings lie between 1e-4 and 1e-2
 
 
 class SppOptions(Options):
     """Options of SPP. The defaults were chosen on held-out calibration images of ViT-Tiny (bench/notes.md)."""
 
-    steps: int = Field(120, ge=10, description="gradient steps")
-    rate: float = Field(0.02, gt=0, description="step of the gates")
-    pressure: float = Field(0.5, gt=0, description="rise of the objective, per example, to which 1/ν is steered")
-    nu: float | None = Field(None, gt=0, description="fixed ν; unset: steered by pressure")
-    entry_share: float = Field(0.4, gt=0, lt=1, description="a gate that stays at 1 enters after this share of steps")
+    steps: int = Field(80, ge=10, description="most gradient steps; the search ends when every unit has entered")
+    rate: float = Field(0.01, gt=0, description="step of the gates")
+    pressure: float = Field(5.0, gt=0, description="1/ν in units of the mean absolute gradient per parameter")
+    nu: float | None = Field(None, gt=0, description="fixed ν; unset: it follows the gradients, by pressure")
+    entry_share: float = Field(
+        0.3, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps")
     kappa: float = Field(10.0, gt=0, description="κ, the gain from V to Γ")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
@@ -91,6 +90,11 @@ class SplitLBI:
         rate = (self.V[key].abs().double() / self.steps).clamp(min=1e-12)
         return torch.where(self.entry[key].isfinite(), self.entry[key].double(), 1 / rate)
 
+    def state_bytes(self) -> int:
+        """Memory held between steps: a few numbers per unit, nothing per weight."""
+        parts = (self.M, self.V, self.Γ, self.first, self.second, self.entry)
+        return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
     def _adapted(self, key: str, direction: Tensor) -> Tensor:
         first, second = self.first[key], self.second[key]
         first.mul_(BETA1).add_(direction, alpha=1 - BETA1)
@@ -119,21 +123,21 @@ class SppSearch:
         params = {unit_key(s.name, k): float(context.costs.unit_params(s, k)) for s, k in groups(context.sites)}
         self.cost = {key: p / min(params.values()) for key, p in params.items()}
         self.inverse_nu = 0.0 if options.nu is None else 1 / options.nu
-        self.rise = 0.0
+        self.price = 0.0
 
     def step(self, batch: Batch, reference: Tensor | None) -> float:
         """One forward and backward pass and one step of the inclusion; returns the objective's rise over dense."""
         with gated(self.context.model, self.context.sites, self.lbi.M, self.means):
             loss = self._losses(self.context.output(batch), reference, batch).mean()
         gradients = dict(zip(self.lbi.M, torch.autograd.grad(loss, list(self.lbi.M.values())), strict=True))
-        rise = float(loss) - self.dense_loss
+        rise = float(loss.detach()) - self.dense_loss
         if self.options.nu is None:
-            self._steer(rise, gradients)
+            self._steer(gradients)
         self.lbi.step(gradients, {key: self.inverse_nu * cost for key, cost in self.cost.items()})
         return rise
 
     def run(self) -> Importance:
-        """All steps, then the importance of every unit."""
+        """Steps until every unit has entered, or all of them, then the importance of every unit."""
         generator = torch.Generator().manual_seed(self.context.seed)
         order: list[int] = []
         progress = self.context.progress
@@ -144,7 +148,10 @@ class SppSearch:
                 index = order.pop()
                 reference = self.references[index] if self.references else None
                 rise = self.step(self.batches[index], reference)
-                progress.advance(note=f"rise {rise:.3f}, {self.entered():.0%} entered")
+                entered = self.entered()
+                progress.advance(note=f"rise {rise:.3f}, {entered:.0%} entered")
+                if entered == 1:  # every time of entry is known: further steps say nothing
+                    break
         finally:
             progress.finish()
         return self.importance()
@@ -161,20 +168,15 @@ class SppSearch:
         inside = sum(int(entry.isfinite().sum()) for entry in self.lbi.entry.values())
         return inside / sum(len(entry) for entry in self.lbi.entry.values())
 
-    def _steer(self, rise: float, gradients: Mapping[str, Tensor]) -> None:
-        """Move 1/ν so that the rise settles at the asked pressure: ν must follow the loss's own scale.
+    def _steer(self, gradients: Mapping[str, Tensor]) -> None:
+        """1/ν = pressure · the running mean of |∂L/∂m| per parameter: ν must follow the loss's own scale.
 
-        It starts at the median absolute gradient per cost of the first batch, the scale at which the pull is felt.
+        At M = 1 a distilled loss has no gradient at all; FLOOR sets the gates going.
         """
-        pressure = self.options.pressure
-        if not self.inverse_nu:
-            relative = torch.cat([g.abs() / self.cost[key] for key, g in gradients.items()])
-            self.inverse_nu = float(relative.median().clamp(min=torch.finfo(torch.float32).tiny))
-            self.rise = rise
-            return
-        self.rise = 0.7 * self.rise + 0.3 * rise
-        off = math.log(pressure / max(self.rise, 1e-3 * pressure))
-        self.inverse_nu *= math.exp(CONTROL * max(-1.0, min(1.0, off)))
+        total = sum(float(g.abs().sum()) for g in gradients.values())
+        price = total / sum(self.cost[key] * len(g) for key, g in gradients.items())
+        self.price = price if not self.price else BETA1 * self.price + (1 - BETA1) * price
+        self.inverse_nu = max(self.options.pressure * self.price, FLOOR)
 
     @torch.no_grad()
     def _look(self) -> tuple[dict[str, Tensor], float]:

@@ -22,7 +22,7 @@ def test_python_reference_keeps_its_colon() -> None:
     assert model_reference("python:package.module:function").location == "package.module:function"
 
 
-@pytest.mark.parametrize("text", ["tim:vit", "vit_tiny", "hf:", "timm:vit@", "hf:x#sha256=12", "hf:x?a=1&a=2", "hf:x?a"])
+@pytest.mark.parametrize("text", ["tim:x", "vit_tiny", "hf:", "timm:vit@", "hf:x#sha256=12", "hf:x?a=1&a=2", "hf:x?a"])
 def test_malformed_model_reference_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         model_reference(text)
@@ -35,7 +35,7 @@ def test_unknown_scheme_suggests_the_nearest() -> None:
         data_reference("imagefoldr:x")
 
 
-def test_package_location_is_found_without_importing_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_location_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "explosive_package_for_test"
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")

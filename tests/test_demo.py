@@ -1,0 +1,40 @@
+"""The demo model learns its digits in seconds, the same way every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deploy_prune.architecture import Architecture, weights_sha256
+from deploy_prune.demo import digits_vit
+from deploy_prune.sources import load_model
+from deploy_prune.tasks import load_task
+
+pytest.importorskip("sklearn")
+REF = "python:deploy_prune.demo:digits_vit"
+
+
+def test_demo_model_reads_digits_and_its_shell_needs_no_training() -> None:
+    model = load_model(REF)
+    task = load_task("image-classification", model=model, model_ref=REF, calibration="digits:train",
+                     evaluation="digits:test")
+    quality = task.evaluate(lambda inputs: task.signature.call(model, inputs))
+    assert quality.value >= 0.96
+    assert task.signature.inputs[0].shape == ("batch", 1, 8, 8)
+    batch = next(task.calibration(1352))
+    assert abs(float(batch.inputs["pixel_values"].mean())) < 0.01
+    assert float(batch.inputs["pixel_values"].std()) == pytest.approx(1, abs=0.01)
+    shell = Architecture.of(model).build()
+    assert weights_sha256(shell) != weights_sha256(model)
+    shell.load_state_dict(model.state_dict())
+    assert weights_sha256(shell) == weights_sha256(model)
+
+
+def test_training_is_repeatable_and_leaves_the_callers_random_state() -> None:
+    torch.manual_seed(5)
+    threads, before = torch.get_num_threads(), torch.get_rng_state()
+    first = digits_vit(seed=3, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    torch.manual_seed(6)
+    assert weights_sha256(digits_vit(seed=3, epochs=1)) == weights_sha256(first)
+    assert weights_sha256(digits_vit(seed=4, epochs=1)) != weights_sha256(first)

@@ -56,9 +56,8 @@ def test_embedding_with_mean_pooling_equals_torch_and_names_what_it_does_not_rea
         "bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 
 
-@pytest.mark.parametrize("name", ["tiny_llama"])
-def test_eager_attention_exports_as_well(name, request, tmp_path):
-    model = request.getfixturevalue(name)
+def test_eager_attention_exports_as_well(tiny_bert, tmp_path):
+    model, name = tiny_bert, "tiny_bert"
     model.set_attn_implementation("eager")
     onnx_export.export_onnx(model, tmp_path / "eager.onnx", SIGNATURES[name])
     agree(model, SIGNATURES[name], tmp_path / "eager.onnx", 3, 17, padding=True)

@@ -87,7 +87,7 @@ def test_corrupted_weight_in_the_file_is_caught_by_the_outputs(vit, tmp_path):
     text = str(caught.value)
     assert caught.value.exit_code == 1
     assert len(caught.value.problems) == len(parity_sizes(signature))
-    assert "compact -> onnx at batch 3: error" in text and "tolerance 1e-04" in text
+    assert "compact -> onnx at batch 3: error" in text and "tolerance 2e-04" in text
     assert "first at output[0, " in text and "damaged weight" in text
 
 

@@ -196,8 +196,8 @@ def parquet_file(reference: Reference) -> dict[str, Column]:
     """Columns of a parquet file; binary values, bare or as {bytes, path}, in the image column are decoded on access."""
     path = existing_path(reference.location)
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise UnavailableError("reading parquet needs pyarrow", remedy="pip install 'deploy-prune[data]'") from error
     try:
@@ -229,21 +229,25 @@ def hub(reference: Reference) -> dict[str, Column]:
                                remedy="pip install 'deploy-prune[data]'") from error
     name, _, split = reference.location.partition(":")
     try:
-        loaded = datasets.load_dataset(name, reference.options.get("config"))
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise UnavailableError("cannot get the dataset from the hub, and it is not in the local cache", where=name,
-                               got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                               remedy="Go online once to download it (and unset HF_HUB_OFFLINE), or name a local file."
-                               ) from error
-    except ValueError as error:
+        loaded = datasets.load_dataset(name, reference.options.get("config"), split=split or None)
+    except ValueError as error:  # also how it reports an unknown configuration or split, with the known ones
         raise UsageError("the hub does not offer this dataset so", where=reference.text, got=str(error)) from error
-    if (not split and len(loaded) > 1) or (split and split not in loaded):
-        raise UsageError("which split?" if not split else "no such split", where=reference.text,
-                         expected=f"hf:{name}:SPLIT", remedy=did_you_mean(split, [str(s) for s in loaded]))
-    table = loaded[split or next(iter(loaded))]
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnavailableError("cannot get the dataset from the hub, and it is not in the local cache", where=name,
+                               got=reason, remedy="Go online once to download it (and unset HF_HUB_OFFLINE), or name a "
+                               "local file.") from error
+    if not split:
+        if len(loaded) > 1:
+            raise UsageError("which split?", where=reference.text, expected=f"hf:{name}:SPLIT",
+                             remedy=did_you_mean("", [str(known) for known in loaded]))
+        loaded = next(iter(loaded.values()))
+    return {key: _hub_column(loaded, key) for key in loaded.column_names}
 
-    def column(key: str) -> Column:
-        part = table.select_columns([key])
-        return Lazy(len(part), lambda i: part[i][key])
 
-    return {key: column(key) for key in table.column_names}
+def _hub_column(table: Any, key: str) -> Column:
+    """Plain values at once; images and other decoded features one by one when touched."""
+    part = table.select_columns([key])
+    if type(part.features[key]).__name__ in ("Value", "ClassLabel"):
+        return list(part[:][key])
+    return Lazy(len(part), lambda i: part[i][key])

@@ -195,6 +195,20 @@ def test_hub_data_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         load_data("hf:no-such-owner/no-such-data:train")
 
 
+def test_hub_data_gives_the_columns_of_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.csv", "sentence,label\na,0\nb,1\n")
+    write(folder / "test.csv", "sentence,label\nc,1\n")
+    assert list(load_data(f"hf:{folder}:train?text=sentence").column("text")) == ["a", "b"]
+    with pytest.raises(UsageError, match=r"which split[\s\S]*test, train"):
+        load_data(f"hf:{folder}")
+    with pytest.raises(UsageError, match="dev"):
+        load_data(f"hf:{folder}:dev")
+
+
 def test_wrong_hash_of_a_data_file_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", "one")
     with pytest.raises(Exception, match="not the one the reference names"):

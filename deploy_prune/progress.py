@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ SILENT: Progress = NoProgress()
 def track(items: Iterable[T], progress: Progress | None, label: str, total: int | None = None) -> Iterator[T]:
     """Yield `items`, advancing `progress` after each; `progress` None is silent."""
     listener = progress or SILENT
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     listener.start(total, label)
     try:

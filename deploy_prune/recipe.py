@@ -1,4 +1,4 @@
-"""A recipe is a whole run as data: which model, which task, how to search, what family to cut, how to prove and time it.
+"""A recipe is a whole run as data: which model and task, how to search, what family to cut, how to prove and time it.
 
 Recipes are YAML. `${NAME}` in any value is taken from the environment; `--set a.b=value` overrides a key. Every
 mistake is reported at once, with its place, what was expected and what was found.
@@ -185,11 +185,19 @@ def recipe_from(data: dict[str, Any], overrides: Sequence[str] = (), *, where: s
         problems += explain(error, Recipe)
     if problems:
         noun = "problem" if len(problems + unset) == 1 else "problems"
-        raise RecipeError(f"{len(problems + unset)} {noun}", where=where, problems=[*problems, *unset],
-                          remedy="`deploy-prune run --schema` prints every key with its meaning.")
+        raise RecipeError(
+            f"{len(problems + unset)} {noun}",
+            where=where,
+            problems=[*problems, *unset],
+            remedy="`deploy-prune run --schema` prints every key with its meaning.",
+        )
     if unset or recipe is None:
-        raise UnavailableError("environment variables are not set", where=where, problems=unset,
-                               remedy="Set them, or give the values that use them with --set KEY=VALUE.")
+        raise UnavailableError(
+            "environment variables are not set",
+            where=where,
+            problems=unset,
+            remedy="Set them, or give the values that use them with --set KEY=VALUE.",
+        )
     return recipe
 
 
@@ -219,11 +227,16 @@ def find_recipe(source: str | Path) -> Path:
     if str(source) in known:
         return known[str(source)]
     if path.is_dir():
-        raise UsageError("a directory is not a recipe", where=str(path), expected="a YAML file or a built-in name",
-                         remedy=did_you_mean(str(source), list(known)))
+        raise UsageError(
+            "a directory is not a recipe",
+            where=str(path),
+            expected="a YAML file or a built-in name",
+            remedy=did_you_mean(str(source), list(known)),
+        )
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UnavailableError("no such recipe file", where=str(path),
-                               remedy=f"Built-in recipes go by name: {', '.join(known)}.")
+        raise UnavailableError(
+            "no such recipe file", where=str(path), remedy=f"Built-in recipes go by name: {', '.join(known)}."
+        )
     raise UsageError(f"no built-in recipe {str(source)!r}", remedy=did_you_mean(str(source), list(known)))
 
 

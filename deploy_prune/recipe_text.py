@@ -42,15 +42,23 @@ _StrictLoader.add_implicit_resolver(
 def parse(path: Path) -> dict[str, Any]:
     """The mapping a recipe file holds. Raises RecipeError when it is not YAML."""
     if path.stat().st_size > _LARGEST_RECIPE:
-        raise RecipeError("too large for a recipe", where=str(path), expected=f"at most {_LARGEST_RECIPE} bytes",
-                          got=f"{path.stat().st_size} bytes")
+        raise RecipeError(
+            "too large for a recipe",
+            where=str(path),
+            expected=f"at most {_LARGEST_RECIPE} bytes",
+            got=f"{path.stat().st_size} bytes",
+        )
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError("not valid YAML", where=str(path), got=" ".join(str(error).split())[:300]) from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RecipeError("not a recipe", where=str(path), expected="a mapping with `model`, `task`, `family`",
-                          got=type(data).__name__)
+        raise RecipeError(
+            "not a recipe",
+            where=str(path),
+            expected="a mapping with `model`, `task`, `family`",
+            got=type(data).__name__,
+        )
     return data
 
 
@@ -132,7 +140,9 @@ def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[Bas
     """The pydantic class of the part that `location` leads to."""
     for name in location:
         annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
-        candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        candidates = [
+            c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
+        ]
         if not candidates:
             return model
         model = candidates[0]

@@ -19,13 +19,15 @@ LOCAL = sorted(set(builtin_recipes()) - set(NEEDS_HUB) - {"digits"})
 
 
 def recipe(**changes: Any) -> Recipe:
-    return recipe_from({
-        "name": "small",
-        "model": "python:deploy_prune.demo:digits_vit",
-        "task": {"name": "image-classification", "calibration": "digits:train", "evaluation": "digits:test"},
-        "family": {"sparsities": [0.3]},
-        **changes,
-    })
+    return recipe_from(
+        {
+            "name": "small",
+            "model": "python:deploy_prune.demo:digits_vit",
+            "task": {"name": "image-classification", "calibration": "digits:train", "evaluation": "digits:test"},
+            "family": {"sparsities": [0.3]},
+            **changes,
+        }
+    )
 
 
 def test_unknown_names_and_options_are_all_reported_with_the_nearest_known_one() -> None:
@@ -106,9 +108,17 @@ def test_the_outlook_as_json_holds_everything(capsys: pytest.CaptureFixture[str]
         (["run"], 2, "Missing RECIPE"),
         (["run", "digit"], 2, "Did you mean 'digits'"),
         (["run", "no/such.yaml"], 3, "no such recipe file"),
-        (["run", "digits", "--set", "family.sparsities=[1.2]"], 2, "family.sparsities[0]: expected less than 1; got 1.2"),
+        (
+            ["run", "digits", "--set", "family.sparsities=[1.2]"],
+            2,
+            "family.sparsities[0]: expected less than 1; got 1.2",
+        ),
         (["run", "digits", "--set", "model=tim:x", "--dry-run"], 2, "Did you mean 'timm'"),
-        (["run", "digits", "--set", "model=timm:vit_tiny_patch16_244", "--dry-run"], 2, "Did you mean 'vit_tiny_patch16"),
+        (
+            ["run", "digits", "--set", "model=timm:vit_tiny_patch16_244", "--dry-run"],
+            2,
+            "Did you mean 'vit_tiny_patch16",
+        ),
         (["run", "digits", "--set", "task.calibration=digts", "--dry-run"], 2, "Did you mean 'digits'"),
         (["run", "digits", "--set", "device=cuda", "--dry-run"], 3, "no CUDA device"),
         (["search", "timm:x", "--task", "t"], 2, "Missing option '--data'"),
@@ -118,7 +128,11 @@ def test_the_outlook_as_json_holds_everything(capsys: pytest.CaptureFixture[str]
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_wrong_input_has_its_exit_code_and_a_remedy(
-    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch

@@ -1,4 +1,4 @@
-"""Stages: whole or absent, reused only for the same inputs; a foreign directory is never touched; a kill loses one stage."""
+"""Stages: whole or absent, reused only for the same inputs; nothing foreign is touched; a kill loses one stage."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def start(tmp_path: Path) -> Starter:
     def run(mode: str, pause: str = "") -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), mode, pause, str(tmp_path / "log")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     return run

@@ -131,7 +131,7 @@ def test_an_unset_variable_is_named_with_the_key_that_replaces_it(
     ],
 )
 def test_text_that_is_not_a_recipe_is_refused(written: Any, text: str, words: str) -> None:
-    with pytest.raises(RecipeError, match="small.yaml") as caught:
+    with pytest.raises(RecipeError, match=r"small\.yaml") as caught:
         load_recipe(written(text))
     assert words in str(caught.value)
 

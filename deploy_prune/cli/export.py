@@ -44,8 +44,18 @@ def _targets(command: Any) -> Any:
 @resume_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    path: Path, kinds: str | None, align: int, model: str | None, data: str | None, evaluation: str | None,
-    no_refit: bool, no_bench: bool, settings: tuple[str, ...], output: Path, mode: str | None, as_json: bool,
+    path: Path,
+    kinds: str | None,
+    align: int,
+    model: str | None,
+    data: str | None,
+    evaluation: str | None,
+    no_refit: bool,
+    no_bench: bool,
+    settings: tuple[str, ...],
+    output: Path,
+    mode: str | None,
+    as_json: bool,
     **targets: str | None,
 ) -> None:
     """Cut members from PATH, the file that `search` wrote, or a bundle's path.safetensors.
@@ -59,12 +69,21 @@ def command(
     loaded = SolutionPath.load(path)
     family = {**_family(targets), "kinds": kinds.split(",") if kinds else None, "align": align}
     described = recipe_of(loaded, family)
-    changes = [f"{key}={value}" for key, value in (
-        ("model", model), ("task.calibration", data), ("task.evaluation", evaluation)) if value]
+    changes = [
+        f"{key}={value}"
+        for key, value in (("model", model), ("task.calibration", data), ("task.evaluation", evaluation))
+        if value
+    ]
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")
-    outcome = run_recipe(recipe, output, mode=mode or "new", path=loaded,  # type: ignore[arg-type]
-                         progress=console.progress(), note=console.note)
+    outcome = run_recipe(
+        recipe,
+        output,
+        mode=mode or "new",
+        path=loaded,  # type: ignore[arg-type]
+        progress=console.progress(),
+        note=console.note,
+    )
     report_bundle(outcome, as_json)
 
 
@@ -73,19 +92,27 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     options = dict(path.options)
     task = options.pop("task", None)
     if task is None:
-        raise UsageError("the path does not say what task it was searched for", where=path.model,
-                         remedy="Write it with `deploy-prune search` or `run`; from Python use path.plan and "
-                         "dp.export_onnx.")
+        raise UsageError(
+            "the path does not say what task it was searched for",
+            where=path.model,
+            remedy="Write it with `deploy-prune search` or `run`; from Python use path.plan and dp.export_onnx.",
+        )
     search = {name: options.pop(name, None) for name in ("examples", "batch_size", "precision", "allocation")}
-    return {"name": "export", "model": path.model, "task": task, "seed": options.pop("seed", 0), "family": family,
-            "search": {"method": path.method, **{k: v for k, v in search.items() if v is not None}, "options": options}}
+    return {
+        "name": "export",
+        "model": path.model,
+        "task": task,
+        "seed": options.pop("seed", 0),
+        "family": family,
+        "search": {"method": path.method, **{k: v for k, v in search.items() if v is not None}, "options": options},
+    }
 
 
 def _family(targets: dict[str, str | None]) -> dict[str, Any]:
     given = {budget: text for budget, text in targets.items() if text is not None}
     if len(given) != 1:
         raise click.UsageError(f"Give one of {', '.join('--' + budget for budget in BUDGETS)}.")
-    (budget, text), = given.items()
+    ((budget, text),) = given.items()
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:

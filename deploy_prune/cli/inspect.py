@@ -52,7 +52,7 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
         return describe_model
     raise UsageError(
         f"cannot tell what {thing!r} is",
-        expected="a model reference, FILE.safetensors (path), FILE.json (plan), FILE.yaml (recipe) or a bundle directory",
+        expected="a model reference, FILE.safetensors (path), FILE.json (plan), FILE.yaml (recipe) or a bundle",
         remedy=f"Model references start with one of {', '.join(s + ':' for s in MODEL_SCHEMES)}",
     )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def resume_options(command: Any) -> Any:
     """`--resume` and `--fresh`, shared by the commands that write a bundle."""
-    command = click.option("--fresh", "mode", flag_value="fresh", help="Start again; replace an earlier bundle.")(command)
+    command = click.option("--fresh", "mode", flag_value="fresh", help="Start again; replace an old bundle.")(command)
     return click.option(
         "--resume", "mode", flag_value="resume", default=None, help="Go on from the last whole stage of a stopped run."
     )(command)
@@ -23,14 +23,19 @@ def resume_options(command: Any) -> Any:
 
 @click.command(short_help="Run a recipe: search once, cut and prove a family, leave a bundle.")
 @click.argument("recipe", required=False)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe key: search.method=fisher")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key: search.method=fisher")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the bundle.  [default: runs/NAME]")
 @resume_options
 @click.option("--dry-run", is_flag=True, help="Check everything that needs no download; say what would be done.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    recipe: str | None, settings: tuple[str, ...], out: Path | None, mode: str | None, dry_run: bool, schema: bool,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    mode: str | None,
+    dry_run: bool,
+    schema: bool,
     as_json: bool,
 ) -> None:
     """Run RECIPE: a YAML file, or the name of a built-in recipe.
@@ -77,5 +82,6 @@ def report_bundle(outcome: Outcome, as_json: bool) -> None:
         console.emit_json(found)
         return
     console.table(*rows(found))
-    console.note(f"{'already whole' if outcome.already else 'wrote'}: {outcome.out} "
-                 f"(deploy-prune verify {outcome.out})")
+    console.note(
+        f"{'already whole' if outcome.already else 'wrote'}: {outcome.out} (deploy-prune verify {outcome.out})"
+    )

@@ -27,8 +27,16 @@ from deploy_prune.cli import console
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PATH.safetensors")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def command(
-    model: str, task: str, data: str, evaluation: str | None, task_options: tuple[str, ...], method: str,
-    settings: tuple[str, ...], output: Path, as_json: bool, **how: Any,
+    model: str,
+    task: str,
+    data: str,
+    evaluation: str | None,
+    task_options: tuple[str, ...],
+    method: str,
+    settings: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    **how: Any,
 ) -> None:
     """Search MODEL (timm:, hf:, gguf: or python: reference) and write the solution path.
 
@@ -43,21 +51,30 @@ def command(
 
     refuse_foreign_file(output)
     device, seed = how.pop("device"), how.pop("seed")
-    recipe = recipe_from({
-        "name": "search",
-        "model": model,
-        "task": {"name": task, "calibration": data, "evaluation": evaluation,
-                 "options": settings_of(task_options, "--task-option")},
-        "search": {"method": method, "options": settings_of(settings, "--set"), **how},
-        "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
-        "device": device,
-        "seed": seed,
-    }, where="the command line")
+    recipe = recipe_from(
+        {
+            "name": "search",
+            "model": model,
+            "task": {
+                "name": task,
+                "calibration": data,
+                "evaluation": evaluation,
+                "options": settings_of(task_options, "--task-option"),
+            },
+            "search": {"method": method, "options": settings_of(settings, "--set"), **how},
+            "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
+            "device": device,
+            "seed": seed,
+        },
+        where="the command line",
+    )
     find_path(prepare(recipe, console.progress())).save(output)
     report = describe_path(str(output))
     if as_json:
         console.emit_json(report)
     else:
-        console.note(f"wrote {output}: {sum(row['units'] for row in report['groups'])} units in "
-                     f"{len(report['groups'])} groups, {report['prunable parameters']} of {report['parameters']} "
-                     "parameters prunable")
+        console.note(
+            f"wrote {output}: {sum(row['units'] for row in report['groups'])} units in "
+            f"{len(report['groups'])} groups, {report['prunable parameters']} of {report['parameters']} "
+            "parameters prunable"
+        )

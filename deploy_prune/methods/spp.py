@@ -30,11 +30,11 @@ class SppOptions(Options):
     """Options of SPP. The defaults were chosen on held-out calibration images of ViT-Tiny (bench/notes.md)."""
 
     steps: int = Field(80, ge=10, description="most gradient steps; the search ends when every unit has entered")
-    rate: float = Field(0.01, gt=0, description="step of the gates")
-    pressure: float = Field(5.0, gt=0, description="1/ν in units of the mean absolute gradient per parameter")
+    rate: float = Field(0.015, gt=0, description="step of the gates")
+    pressure: float = Field(8.0, gt=0, description="1/ν in units of the mean absolute gradient per parameter")
     nu: float | None = Field(None, gt=0, description="fixed ν; unset: it follows the gradients, by pressure")
     entry_share: float = Field(
-        0.3, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps")
+        0.6, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps")
     kappa: float = Field(10.0, gt=0, description="κ, the gain from V to Γ")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")

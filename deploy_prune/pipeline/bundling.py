@@ -42,8 +42,15 @@ def made_by(out: Path, run: str) -> bool:
     return is_bundle(out) and Manifest.load(out / MANIFEST).run == run
 
 
-def assemble(bundle: Path, setup: Setup, run: str, searched: Stage, models: Mapping[str, Stage],
-             timed: Stage | None, seconds: Mapping[str, float]) -> None:
+def assemble(
+    bundle: Path,
+    setup: Setup,
+    run: str,
+    searched: Stage,
+    models: Mapping[str, Stage],
+    timed: Stage | None,
+    seconds: Mapping[str, float],
+) -> None:
     """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's."""
     from bench.environment import environment, package_versions
     from deploy_prune.budget import count_params
@@ -59,21 +66,25 @@ def assemble(bundle: Path, setup: Setup, run: str, searched: Stage, models: Mapp
     members = [_member(bundle, setup, name, stage, path, latency.get(name, [])) for name, stage in models.items()]
     signature = setup.task.signature.describe()
     data = {"calibration": portable["task"]["calibration"], "evaluation": portable["task"]["evaluation"]}
-    finish(bundle, Manifest(
-        name=setup.recipe.name,
-        run=run,
-        base=BaseModelEntry(reference=portable["model"], weights_sha256=setup.weights_sha256,
-                            parameters=count_params(setup.model)),
-        task={**setup.task.describe(), **data},
-        recipe=portable,
-        versions=package_versions(),
-        environment=environment(),
-        inputs=[TensorEntry.model_validate(entry) for entry in signature["inputs"]],
-        output=TensorEntry.model_validate(signature["output"]),
-        members=members,
-        bench=cells,
-        seconds=dict(seconds),
-    ))
+    finish(
+        bundle,
+        Manifest(
+            name=setup.recipe.name,
+            run=run,
+            base=BaseModelEntry(
+                reference=portable["model"], weights_sha256=setup.weights_sha256, parameters=count_params(setup.model)
+            ),
+            task={**setup.task.describe(), **data},
+            recipe=portable,
+            versions=package_versions(),
+            environment=environment(),
+            inputs=[TensorEntry.model_validate(entry) for entry in signature["inputs"]],
+            output=TensorEntry.model_validate(signature["output"]),
+            members=members,
+            bench=cells,
+            seconds=dict(seconds),
+        ),
+    )
 
 
 def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionPath, latency: list[Any]) -> Member:
@@ -132,5 +143,6 @@ def _dense_costs(path: SolutionPath) -> Costs:
     for site, kind in groups(path.sites):
         units[kind.value] = units.get(kind.value, 0) + site.counts[kind]
     costs = path.costs
-    return Costs(sparsity=0.0, params=costs.params, macs=costs.macs, bytes=BYTES_PER_PARAMETER * costs.params,
-                 units=units)
+    return Costs(
+        sparsity=0.0, params=costs.params, macs=costs.macs, bytes=BYTES_PER_PARAMETER * costs.params, units=units
+    )

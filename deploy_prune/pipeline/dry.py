@@ -47,8 +47,11 @@ class Outlook:
     def raise_for_missing(self) -> None:
         """Raise UnavailableError when the run could not start."""
         if self.missing:
-            raise UnavailableError("this recipe cannot run here yet", problems=self.missing,
-                                   remedy="`deploy-prune doctor` says what is installed; --set changes a location.")
+            raise UnavailableError(
+                "this recipe cannot run here yet",
+                problems=self.missing,
+                remedy="`deploy-prune doctor` says what is installed; --set changes a location.",
+            )
 
 
 def dry_run(recipe: Recipe, out: Path) -> Outlook:
@@ -75,8 +78,17 @@ def dry_run(recipe: Recipe, out: Path) -> Outlook:
             missing.append(f"{role} data {location}")
     missing += _absent_runtimes(recipe) + _absent_device(recipe)
     members = recipe.family.member_names()
-    return Outlook(recipe.name, str(out), _said(source), _sites(recipe, source), data, members, _stages(recipe, members),
-                   fetch, missing)
+    return Outlook(
+        recipe.name,
+        str(out),
+        _said(source),
+        _sites(recipe, source),
+        data,
+        members,
+        _stages(recipe, members),
+        fetch,
+        missing,
+    )
 
 
 def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:

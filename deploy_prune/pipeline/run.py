@@ -12,7 +12,15 @@ from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
 from deploy_prune.pipeline.setup import Setup, prepare
-from deploy_prune.pipeline.workspace import Mode, Stage, Workspace, discard, fingerprint, open_workspace, work_directory
+from deploy_prune.pipeline.workspace import (
+    Mode,
+    Stage,
+    Workspace,
+    discard,
+    fingerprint,
+    open_workspace,
+    work_directory,
+)
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recipe import Recipe
 
@@ -31,8 +39,15 @@ class Outcome:
     already: bool = False
 
 
-def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", path: SolutionPath | None = None,
-               progress: Progress = SILENT, note: Callable[[str], None] = lambda text: None) -> Outcome:
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    mode: Mode = "new",
+    path: SolutionPath | None = None,
+    progress: Progress = SILENT,
+    note: Callable[[str], None] = lambda text: None,
+) -> Outcome:
     """Run `recipe` and leave its bundle in `out`; with `path` given, nothing is searched.
 
     `mode` says what may happen to an earlier run (see workspace.py); `note` is told of every stage. Raises the errors of every step; none leaves an
@@ -44,9 +59,12 @@ def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", path: SolutionP
     wanted = run_fingerprint(setup, path)
     if mode == "resume" and is_bundle(out):
         if not made_by(out, wanted):
-            raise UsageError("the output is the bundle of another run", where=str(out),
-                             got="a manifest of another recipe, data, weights or versions",
-                             remedy="--fresh replaces it when the new one is whole; --out chooses another directory.")
+            raise UsageError(
+                "the output is the bundle of another run",
+                where=str(out),
+                got="a manifest of another recipe, data, weights or versions",
+                remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
+            )
         discard(work_directory(out))
         return Outcome(out, already=True)
     with open_workspace(out, mode, is_output=is_bundle, note=note) as workspace:
@@ -91,7 +109,9 @@ def moments_stage(workspace: Workspace, setup: Setup) -> Stage | None:
     if not how.enabled:
         return None
     inputs = {**setup.identity, "examples": how.examples, "batch_size": how.batch_size}
-    return workspace.stage("moments", inputs, lambda directory: save_moments(stages.moments_of(setup), directory / MOMENTS))
+    return workspace.stage(
+        "moments", inputs, lambda directory: save_moments(stages.moments_of(setup), directory / MOMENTS)
+    )
 
 
 def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
@@ -103,8 +123,9 @@ def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
     return workspace.stage("dense", {**setup.identity, **_parts(setup, "export", "parity", "quality")}, work)
 
 
-def member_stages(workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None,
-                  dense: Stage) -> dict[str, Stage]:
+def member_stages(
+    workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None, dense: Stage
+) -> dict[str, Stage]:
     """One stage per member. All plans are made first, so that a target out of reach is known before any work."""
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import load_moments
@@ -126,8 +147,9 @@ def member_stages(workspace: Workspace, setup: Setup, searched: Stage, moments: 
             nonlocal loaded
             if moments is not None and loaded is None:
                 loaded = load_moments(moments.directory / MOMENTS)
-            facts = stages.make_member(setup, name, plan, loaded, directory, unread_bytes=unread,
-                                       reference=_reference(dense))
+            facts = stages.make_member(
+                setup, name, plan, loaded, directory, unread_bytes=unread, reference=_reference(dense)
+            )
             write_json(directory / FACTS, facts)
 
         done[name] = workspace.stage(name, inputs, work)

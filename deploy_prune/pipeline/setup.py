@@ -85,12 +85,16 @@ def check_names(recipe: Recipe) -> None:
         problems.append(f"task.name: unknown task {recipe.task.name!r}. {did_you_mean(recipe.task.name, list(TASKS))}")
     else:
         known = _task_options(recipe.task.name)
-        problems += [f"task.options.{name}: unknown option. {did_you_mean(name, known)}"
-                     for name in recipe.task.options if name not in known]
+        problems += [
+            f"task.options.{name}: unknown option. {did_you_mean(name, known)}"
+            for name in recipe.task.options
+            if name not in known
+        ]
     if recipe.search.method not in METHODS:
         known = list(METHODS)
-        problems.append(f"search.method: unknown method {recipe.search.method!r}. "
-                        f"{did_you_mean(recipe.search.method, known)}")
+        problems.append(
+            f"search.method: unknown method {recipe.search.method!r}. {did_you_mean(recipe.search.method, known)}"
+        )
     else:
         options = METHODS[recipe.search.method].options
         try:
@@ -99,8 +103,9 @@ def check_names(recipe: Recipe) -> None:
             problems += [f"search.options.{problem}" for problem in explain(error, options)]
     for index, runtime in enumerate(recipe.bench.runtimes):
         if runtime not in RUNTIMES:
-            problems.append(f"bench.runtimes[{index}]: unknown runtime {runtime!r}. "
-                            f"{did_you_mean(runtime, list(RUNTIMES))}")
+            problems.append(
+                f"bench.runtimes[{index}]: unknown runtime {runtime!r}. {did_you_mean(runtime, list(RUNTIMES))}"
+            )
     if problems:
         noun = "unknown name" if len(problems) == 1 else "unknown names"
         raise UsageError(f"{len(problems)} {noun}", where=f"recipe {recipe.name}", problems=problems)
@@ -122,8 +127,13 @@ def choose_device(asked: str) -> torch.device:
     from deploy_prune.errors import UnavailableError
 
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("no CUDA device for torch", where="recipe key device", expected="cuda", got="cpu only",
-                               remedy="Use device: auto or cpu, or install a torch build that matches the driver.")
+        raise UnavailableError(
+            "no CUDA device for torch",
+            where="recipe key device",
+            expected="cuda",
+            got="cpu only",
+            remedy="Use device: auto or cpu, or install a torch build that matches the driver.",
+        )
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(asked)

@@ -54,8 +54,16 @@ def find_path(setup: Setup) -> SolutionPath:
     model = setup.model.to(setup.device)
     try:
         path = search(
-            model, setup.task, how.method, allocation=how.allocation, examples=how.examples, batch_size=how.batch_size,
-            precision=how.precision, seed=recipe.seed, model_name=recipe.portable()["model"], progress=setup.progress,
+            model,
+            setup.task,
+            how.method,
+            allocation=how.allocation,
+            examples=how.examples,
+            batch_size=how.batch_size,
+            precision=how.precision,
+            seed=recipe.seed,
+            model_name=recipe.portable()["model"],
+            progress=setup.progress,
             **how.options,
         )
     finally:
@@ -73,7 +81,10 @@ def moments_of(setup: Setup) -> Moments:
     setup.progress.start(limit, "moments")
     try:
         return collect_moments(
-            model, setup.sites, setup.task.calibration(how.batch_size, limit, setup.recipe.seed), setup.task.signature,
+            model,
+            setup.sites,
+            setup.task.calibration(how.batch_size, limit, setup.recipe.seed),
+            setup.task.signature,
             progress=setup.progress,
         )
     finally:
@@ -107,8 +118,16 @@ def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
     return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
 
 
-def make_member(setup: Setup, name: str, plan: PrunePlan, moments: Moments | None, directory: Path, *,
-                unread_bytes: int, reference: np.ndarray | None) -> dict[str, Any]:
+def make_member(
+    setup: Setup,
+    name: str,
+    plan: PrunePlan,
+    moments: Moments | None,
+    directory: Path,
+    *,
+    unread_bytes: int,
+    reference: np.ndarray | None,
+) -> dict[str, Any]:
     """Refit, cut, export, prove and judge one member; its files go to `directory`, its facts are returned.
 
     `unread_bytes` are parameters that the task's function never reads (see `unread_bytes`); `reference` holds the dense
@@ -163,8 +182,9 @@ def export(setup: Setup, model: nn.Module, onnx: Path, name: str) -> dict[str, A
     """Write one ONNX file and return the export's report."""
     from converters.onnx_export import export_onnx
 
-    return export_onnx(model, onnx, setup.task.signature, opset=setup.recipe.export.opset,
-                       metadata={"deploy_prune.member": name}).to_json()
+    return export_onnx(
+        model, onnx, setup.task.signature, opset=setup.recipe.export.opset, metadata={"deploy_prune.member": name}
+    ).to_json()
 
 
 def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None) -> dict[str, Any] | None:
@@ -210,8 +230,18 @@ def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
             for length in lengths:
                 inputs = make_inputs(specs, batch=batch, sequence=length, seed=seed)
                 sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
-                reports.append(measure(files, inputs, runtime=runtime, sizes=sizes, seconds=how.seconds,
-                                       threads=how.threads, seed=seed, progress=setup.progress))
+                reports.append(
+                    measure(
+                        files,
+                        inputs,
+                        runtime=runtime,
+                        sizes=sizes,
+                        seconds=how.seconds,
+                        threads=how.threads,
+                        seed=seed,
+                        progress=setup.progress,
+                    )
+                )
     return reports
 
 
@@ -239,9 +269,13 @@ def _check_bytes(name: str, plan: PrunePlan, exported: Mapping[str, Any], unread
     assert plan.achieved is not None
     announced, stored = plan.achieved.bytes - unread, stored_bytes(exported)
     if stored != announced:
-        raise ParityError("the exported weights are not those the plan announced", where=name,
-                          expected=f"{announced} bytes", got=f"{stored} bytes",
-                          remedy="A layer kept its old shape, or a weight is stored twice.")
+        raise ParityError(
+            "the exported weights are not those the plan announced",
+            where=name,
+            expected=f"{announced} bytes",
+            got=f"{stored} bytes",
+            remedy="A layer kept its old shape, or a weight is stored twice.",
+        )
 
 
 def _save_reference(reference: np.ndarray, directory: Path) -> None:

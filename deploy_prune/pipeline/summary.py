@@ -30,18 +30,36 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     first = found["members"][0]
     metric = first["quality"]["metric"] if first["quality"] else None
     cells = [f"{c['runtime']} {c['sizes']}" for c in first["latency"]]
-    columns = ["member", "asked", "sparsity", "params", "MACs", "bytes", *([metric] if metric else []), "parity",
-               *(f"time/dense {cell}" for cell in cells)]
+    columns = [
+        "member",
+        "asked",
+        "sparsity",
+        "params",
+        "MACs",
+        "bytes",
+        *([metric] if metric else []),
+        "parity",
+        *(f"time/dense {cell}" for cell in cells),
+    ]
     table = []
     for member in found["members"]:
         quality = member["quality"]
-        table.append([
-            member["name"], member["asked"] or "", f"{member['sparsity']:.3f}", f"{member['params_share']:.1%}",
-            f"{member['macs_share']:.1%}", f"{member['bytes']:,}", *([_quality(quality)] if metric else []),
-            f"{member['parity']:.0e}",
-            *(f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" + ("" if c["trusted"] else " (untrusted)")
-              for c in member["latency"]),
-        ])
+        table.append(
+            [
+                member["name"],
+                member["asked"] or "",
+                f"{member['sparsity']:.3f}",
+                f"{member['params_share']:.1%}",
+                f"{member['macs_share']:.1%}",
+                f"{member['bytes']:,}",
+                *([_quality(quality)] if metric else []),
+                f"{member['parity']:.0e}",
+                *(
+                    f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" + ("" if c["trusted"] else " (untrusted)")
+                    for c in member["latency"]
+                ),
+            ]
+        )
     return columns, table
 
 

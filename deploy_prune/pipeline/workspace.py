@@ -100,8 +100,9 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool],
-                   note: Callable[[str], None] = lambda text: None) -> Iterator[Workspace]:
+def open_workspace(
+    out: Path, mode: Mode, *, is_output: Callable[[Path], bool], note: Callable[[str], None] = lambda text: None
+) -> Iterator[Workspace]:
     """The workspace `OUT.work` of `out`, locked against a second run; `note` is told of every stage.
 
     `is_output` tells whether a directory is an earlier output of ours, which "fresh" may replace; nothing else is ever
@@ -114,14 +115,21 @@ def open_workspace(out: Path, mode: Mode, *, is_output: Callable[[Path], bool],
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UnavailableError("cannot write the output", where=str(directory), got=error.strerror,
-                               remedy="Choose another directory with --out.") from error
+        raise UnavailableError(
+            "cannot write the output",
+            where=str(directory),
+            got=error.strerror,
+            remedy="Choose another directory with --out.",
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UnavailableError("another run is writing this output", where=str(directory),
-                                   remedy="Wait for it, or choose another directory with --out.") from error
+            raise UnavailableError(
+                "another run is writing this output",
+                where=str(directory),
+                remedy="Wait for it, or choose another directory with --out.",
+            ) from error
         write_json(directory / _MARKER, {"_type": "deploy-prune workspace", "_version": 1, "out": out.name})
         remove_partial(directory)
         if mode == "fresh":
@@ -148,8 +156,13 @@ def refuse_foreign_file(path: Path) -> None:
     try:
         SolutionPath.load(path)
     except ArtifactError as error:
-        raise UsageError("the output is taken", where=str(path), expected="nothing, or an earlier solution path",
-                         got="another file", remedy="Choose another file with -o; nothing was touched.") from error
+        raise UsageError(
+            "the output is taken",
+            where=str(path),
+            expected="nothing, or an earlier solution path",
+            got="another file",
+            remedy="Choose another file with -o; nothing was touched.",
+        ) from error
 
 
 def work_directory(out: Path) -> Path:
@@ -161,22 +174,39 @@ def _refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_output(out):
             what = "a directory with other files" if out.is_dir() else "a file"
-            raise UsageError("the output is taken", where=str(out), expected="nothing, or a bundle of an earlier run",
-                             got=what, remedy="Choose another directory with --out; nothing was touched.")
+            raise UsageError(
+                "the output is taken",
+                where=str(out),
+                expected="nothing, or a bundle of an earlier run",
+                got=what,
+                remedy="Choose another directory with --out; nothing was touched.",
+            )
         if mode == "new":
-            raise UsageError("the output exists already", where=str(out), got="a bundle of an earlier run",
-                             remedy="--fresh replaces it when the new one is whole; --out chooses another directory.")
+            raise UsageError(
+                "the output exists already",
+                where=str(out),
+                got="a bundle of an earlier run",
+                remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
+            )
     if not directory.exists() or not any(directory.iterdir()):
         return
     strangers = [c.name for c in directory.iterdir() if c.name != _LOCK and not c.name.startswith(TEMPORARY)]
     if strangers and not (directory / _MARKER).is_file():
-        raise UsageError("the workspace is taken", where=str(directory), expected="nothing, or stages of an earlier run",
-                         got="a directory with other files",
-                         remedy="Choose another directory with --out; nothing was touched.")
+        raise UsageError(
+            "the workspace is taken",
+            where=str(directory),
+            expected="nothing, or stages of an earlier run",
+            got="a directory with other files",
+            remedy="Choose another directory with --out; nothing was touched.",
+        )
     whole = sorted(record.parent.name for record in directory.glob(f"*/{_RECORD}"))
     if mode == "new" and whole:
-        raise UsageError("an earlier run was not finished", where=str(directory), got=f"whole stages: {', '.join(whole)}",
-                         remedy="--resume goes on from them, --fresh starts again.")
+        raise UsageError(
+            "an earlier run was not finished",
+            where=str(directory),
+            got=f"whole stages: {', '.join(whole)}",
+            remedy="--resume goes on from them, --fresh starts again.",
+        )
 
 
 def _files(directory: Path) -> dict[str, int]:

@@ -47,8 +47,14 @@ def test_a_run_leaves_one_bundle_and_nothing_else(bundle: Path) -> None:
     assert [member.name for member in manifest.members] == ["dense", "s30", "s50"]
     on_disk = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()} - {"manifest.json"}
     assert on_disk == set(manifest.files)
-    assert {"path.safetensors", "plans/s30.json", "models/s30.onnx", "samples/s30.safetensors",
-            "checkpoints/s30/model.safetensors", "README.md"} <= on_disk
+    assert {
+        "path.safetensors",
+        "plans/s30.json",
+        "models/s30.onnx",
+        "samples/s30.safetensors",
+        "checkpoints/s30/model.safetensors",
+        "README.md",
+    } <= on_disk
 
 
 def test_members_are_nested_and_smaller_by_exactly_what_their_plans_announce(bundle: Path) -> None:
@@ -80,19 +86,33 @@ def test_the_same_run_gives_the_same_bytes_of_path_plans_and_models(bundle: Path
             assert file.read_bytes() == (again / file.relative_to(bundle)).read_bytes(), file.name
 
 
-def test_the_manifest_names_no_place_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_manifest_names_no_place_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
     data = tmp_path / "data"
     data.mkdir()
-    np.savez(data / "digits.npz", image=np.random.default_rng(0).random((40, 8, 8), np.float32), label=np.arange(40) % 10)
+    np.savez(
+        data / "digits.npz", image=np.random.default_rng(0).random((40, 8, 8), np.float32), label=np.arange(40) % 10
+    )
     monkeypatch.setenv("DEPLOY_PRUNE_DATA", str(data))
     out = tmp_path / "out"
     reference = "npz:${DEPLOY_PRUNE_DATA}/digits.npz"
-    assert run_command(arguments(out, "--set", f"task.calibration={reference}", "--set", f"task.evaluation={reference}",
-                                 "--set", "quality.limit=null", "--set", "family.sparsities=[0.3]")) == 0
+    assert (
+        run_command(
+            arguments(
+                out,
+                "--set",
+                f"task.calibration={reference}",
+                "--set",
+                f"task.evaluation={reference}",
+                "--set",
+                "quality.limit=null",
+                "--set",
+                "family.sparsities=[0.3]",
+            )
+        )
+        == 0
+    )
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert SolutionPath.load(out / "path.safetensors").options["task"]["calibration"] == reference
 
@@ -113,8 +133,26 @@ def test_export_cuts_another_budget_from_the_path_of_a_bundle(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "more"
-    assert run_command(["-q", "export", str(bundle / "path.safetensors"), "--macs", "0.6", "--no-bench", "--set",
-                        "refit.examples=200", "--set", "quality.limit=100", "-o", str(out), "--json"]) == 0
+    assert (
+        run_command(
+            [
+                "-q",
+                "export",
+                str(bundle / "path.safetensors"),
+                "--macs",
+                "0.6",
+                "--no-bench",
+                "--set",
+                "refit.examples=200",
+                "--set",
+                "quality.limit=100",
+                "-o",
+                str(out),
+                "--json",
+            ]
+        )
+        == 0
+    )
     dense, member = json.loads(capsys.readouterr().out)["members"]
     assert member["name"] == "macs60" and member["macs"] <= 0.6 * dense["macs"]
     assert (out / "path.safetensors").read_bytes() == (bundle / "path.safetensors").read_bytes()
@@ -124,8 +162,22 @@ def test_export_with_other_weights_than_the_path_was_searched_on_is_refused(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "other"
-    assert run_command(["-q", "export", str(bundle / "path.safetensors"), "--sparsity", ".3", "-o", str(out), "--model",
-                        "python:deploy_prune.demo:digits_vit_untrained"]) == 2
+    assert (
+        run_command(
+            [
+                "-q",
+                "export",
+                str(bundle / "path.safetensors"),
+                "--sparsity",
+                ".3",
+                "-o",
+                str(out),
+                "--model",
+                "python:deploy_prune.demo:digits_vit_untrained",
+            ]
+        )
+        == 2
+    )
     assert "sha256" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -133,8 +185,21 @@ def test_export_with_other_weights_than_the_path_was_searched_on_is_refused(
 def test_a_target_no_plan_reaches_names_the_best_and_leaves_nothing(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(["-q", "export", str(bundle / "path.safetensors"), "--params", "100", "--no-bench", "-o",
-                        str(tmp_path / "out")]) == 2
+    assert (
+        run_command(
+            [
+                "-q",
+                "export",
+                str(bundle / "path.safetensors"),
+                "--params",
+                "100",
+                "--no-bench",
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "best reachable" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -159,8 +224,21 @@ def test_a_member_that_is_not_what_was_planned_stops_the_run_with_exit_1_and_lea
 
 def test_search_then_export_is_a_run_in_two_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "path.safetensors"
-    search = ["-q", "search", "python:deploy_prune.demo:digits_vit?epochs=2", "--task", "image-classification", "--data",
-              "digits:train", "--eval", "digits:test", "--method", "magnitude", "-o", str(path)]
+    search = [
+        "-q",
+        "search",
+        "python:deploy_prune.demo:digits_vit?epochs=2",
+        "--task",
+        "image-classification",
+        "--data",
+        "digits:train",
+        "--eval",
+        "digits:test",
+        "--method",
+        "magnitude",
+        "-o",
+        str(path),
+    ]
     assert run_command(search) == 0
     assert run_command(["inspect", str(path)]) == 0
     assert "magnitude" in capsys.readouterr().out
@@ -170,9 +248,7 @@ def test_search_then_export_is_a_run_in_two_steps(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("thing", ["", "path.safetensors", "plans/s30.json"])
-def test_inspect_reads_everything_a_bundle_holds(
-    bundle: Path, thing: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_reads_everything_a_bundle_holds(bundle: Path, thing: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["inspect", str(bundle / thing)]) == 0
     assert "weights_sha256" in capsys.readouterr().out
     assert run_command(["inspect", str(bundle / thing), "--json"]) == 0
@@ -180,8 +256,12 @@ def test_inspect_reads_everything_a_bundle_holds(
 
 
 def started(out: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "deploy_prune", *arguments(out, *more)[1:]],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy_prune", *arguments(out, *more)[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:

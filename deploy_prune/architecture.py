@@ -39,7 +39,7 @@ class Architecture:
         elif self.library == "hf":
             import transformers
 
-            cls = getattr(transformers, self.name, None)
+            cls: Any = getattr(transformers, self.name, None)
             if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
                 raise UsageError("not a transformers model class", got=self.name,
                                  remedy="Install a transformers version that has it.")
@@ -59,7 +59,7 @@ class Architecture:
         known = getattr(model, _ATTRIBUTE, None)
         if isinstance(known, Architecture):
             return known
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict") and type(model).__module__.startswith("transformers."):
             return Architecture("hf", type(model).__name__, config.to_dict())
         raise UsageError(

@@ -13,6 +13,7 @@ from deploy_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.workspace import Mode
 
 BUDGETS = ("sparsity", "params", "macs", "bytes")
 
@@ -54,7 +55,7 @@ def command(
     no_bench: bool,
     settings: tuple[str, ...],
     output: Path,
-    mode: str | None,
+    mode: Mode | None,
     as_json: bool,
     **targets: str | None,
 ) -> None:
@@ -80,7 +81,7 @@ def command(
         recipe,
         output,
         mode=mode or "new",
-        path=loaded,  # type: ignore[arg-type]
+        path=loaded,
         progress=console.progress(),
         note=console.note,
     )

@@ -11,6 +11,7 @@ from deploy_prune.cli import console
 
 if TYPE_CHECKING:
     from deploy_prune.pipeline import Outcome
+    from deploy_prune.pipeline.workspace import Mode
 
 
 def resume_options(command: Any) -> Any:
@@ -33,7 +34,7 @@ def command(
     recipe: str | None,
     settings: tuple[str, ...],
     out: Path | None,
-    mode: str | None,
+    mode: Mode | None,
     dry_run: bool,
     schema: bool,
     as_json: bool,
@@ -53,7 +54,7 @@ def command(
 
 
 def run_and_report(
-    source: str, settings: tuple[str, ...], out: Path | None, mode: str | None, dry_run: bool, as_json: bool
+    source: str, settings: tuple[str, ...], out: Path | None, mode: Mode | None, dry_run: bool, as_json: bool
 ) -> None:
     """Load the recipe, run it (or say what it would do) and print what came out."""
     from deploy_prune.recipe import load_recipe
@@ -69,7 +70,7 @@ def run_and_report(
         return
     from deploy_prune.pipeline import run_recipe
 
-    outcome = run_recipe(recipe, out, mode=mode or "new", progress=console.progress(), note=console.note)  # type: ignore[arg-type]
+    outcome = run_recipe(recipe, out, mode=mode or "new", progress=console.progress(), note=console.note)
     report_bundle(outcome, as_json)
 
 

@@ -50,8 +50,8 @@ def run_recipe(
 ) -> Outcome:
     """Run `recipe` and leave its bundle in `out`; with `path` given, nothing is searched.
 
-    `mode` says what may happen to an earlier run (see workspace.py); `note` is told of every stage. Raises the errors of every step; none leaves an
-    `out` behind. ParityError means that a member was not what it should be.
+    `mode` says what may happen to an earlier run (see workspace.py); `note` is told of every stage. Raises the errors
+    of every step; none leaves an `out` behind. ParityError means that a member was not what it should be.
     """
     setup = prepare(recipe, progress)
     if path is not None:

@@ -40,7 +40,8 @@ class Architecture:
             import transformers
 
             cls: Any = getattr(transformers, self.name, None)
-            if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+            if not is_model:
                 raise UsageError("not a transformers model class", got=self.name,
                                  remedy="Install a transformers version that has it.")
             model = cls(cls.config_class.from_dict(dict(self.arguments)))

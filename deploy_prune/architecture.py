@@ -42,8 +42,11 @@ class Architecture:
             cls: Any = getattr(transformers, self.name, None)
             is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
             if not is_model:
-                raise UsageError("not a transformers model class", got=self.name,
-                                 remedy="Install a transformers version that has it.")
+                raise UsageError(
+                    "not a transformers model class",
+                    got=self.name,
+                    remedy="Install a transformers version that has it.",
+                )
             model = cls(cls.config_class.from_dict(dict(self.arguments)))
         else:
             model = load_function(self.name)(**self.arguments)
@@ -84,8 +87,9 @@ def load_function(reference: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise UnavailableError("cannot import", where=reference, got=str(error),
-                               remedy="Is the module on PYTHONPATH?") from error
+        raise UnavailableError(
+            "cannot import", where=reference, got=str(error), remedy="Is the module on PYTHONPATH?"
+        ) from error
     except AttributeError as error:
         raise UsageError("no such function", where=reference, got=str(error)) from error
 

@@ -48,13 +48,16 @@ class CostModel:
     sizes: Mapping[str, int]
 
     @staticmethod
-    def measure(model: nn.Module, sites: Sequence[Site], signature: Signature, inputs: Mapping[str, Tensor]) -> CostModel:
+    def measure(
+        model: nn.Module, sites: Sequence[Site], signature: Signature, inputs: Mapping[str, Tensor]
+    ) -> CostModel:
         """Run `model` once on `inputs` (batch 1) and count. MACs are half of torch's FLOP counter."""
         import torch
 
         tokens: dict[str, int] = {}
         handles = []
         for site in sites:
+
             def note(_: nn.Module, args: tuple[Tensor, ...], name: str = site.name) -> None:
                 tokens[name] = args[0][..., 0].numel()
 
@@ -71,8 +74,12 @@ class CostModel:
                     linear = model.get_submodule(s.module)
                     assert isinstance(linear, torch.nn.Linear)
                     layers[s.module] = LayerShape(linear.out_features, linear.in_features, linear.bias is not None)
-        sizes = {d: inputs[spec.name].shape[i] for spec in signature.inputs
-                 for i, d in enumerate(spec.shape) if isinstance(d, str)}
+        sizes = {
+            d: inputs[spec.name].shape[i]
+            for spec in signature.inputs
+            for i, d in enumerate(spec.shape)
+            if isinstance(d, str)
+        }
         return CostModel(count_params(model), macs, layers, tokens, sizes)
 
     def unit_params(self, site: Site, kind: UnitKind) -> int:
@@ -86,8 +93,7 @@ class CostModel:
 
     def params_of(self, sites: Sequence[Site], counts: Counts) -> int:
         """Parameters of the compact model."""
-        return self.params - sum(
-            self._site_params(s, s.counts) - self._site_params(s, counts[s.name]) for s in sites)
+        return self.params - sum(self._site_params(s, s.counts) - self._site_params(s, counts[s.name]) for s in sites)
 
     def macs_of(self, sites: Sequence[Site], counts: Counts) -> int:
         """MACs of the compact model on the reference input."""
@@ -98,8 +104,11 @@ class CostModel:
         return BYTES_PER_PARAMETER * self.params_of(sites, counts)
 
     def _widths(self, site: Site, counts: Mapping[UnitKind, int]) -> dict[str, tuple[int, int]]:
-        widths = {s.module: (self.layers[s.module].out, self.layers[s.module].inp)
-                  for slices in site.slices.values() for s in slices}
+        widths = {
+            s.module: (self.layers[s.module].out, self.layers[s.module].inp)
+            for slices in site.slices.values()
+            for s in slices
+        }
         for kind, slices in site.slices.items():
             for s in slices:
                 out, inp = widths[s.module]
@@ -119,13 +128,23 @@ class CostModel:
         return macs
 
     def to_json(self) -> dict[str, Any]:
-        return {"params": self.params, "macs": self.macs, "tokens": dict(self.tokens), "sizes": dict(self.sizes),
-                "layers": {name: asdict(shape) for name, shape in self.layers.items()}}
+        return {
+            "params": self.params,
+            "macs": self.macs,
+            "tokens": dict(self.tokens),
+            "sizes": dict(self.sizes),
+            "layers": {name: asdict(shape) for name, shape in self.layers.items()},
+        }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> CostModel:
-        return CostModel(data["params"], data["macs"], {n: LayerShape(**s) for n, s in data["layers"].items()},
-                         data["tokens"], data["sizes"])
+        return CostModel(
+            data["params"],
+            data["macs"],
+            {n: LayerShape(**s) for n, s in data["layers"].items()},
+            data["tokens"],
+            data["sizes"],
+        )
 
 
 def count_params(model: nn.Module) -> int:

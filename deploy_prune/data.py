@@ -31,7 +31,10 @@ from deploy_prune.errors import DataError, UsageError, did_you_mean
 from deploy_prune.references import DATA_SCHEMES, Reference, data_reference, existing_path
 
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "csv": ("header",), "tsv": ("header",), "text": ("lines",), "hf": ("config",),
+    "csv": ("header",),
+    "tsv": ("header",),
+    "text": ("lines",),
+    "hf": ("config",),
 }
 
 
@@ -66,21 +69,27 @@ class Examples:
         """One column, without touching the others. Raises DataError, with the option that would map it, if absent."""
         if name not in self._columns:
             hint = f"Map it with an option: {self.reference}{'&' if '?' in self.reference else '?'}{name}=COLUMN. "
-            raise DataError(f"no column {name!r}", where=self.reference,
-                            remedy=hint + did_you_mean(name, self.columns))
+            raise DataError(f"no column {name!r}", where=self.reference, remedy=hint + did_you_mean(name, self.columns))
         return self._columns[name]
 
     def labels(self) -> Column:
         """The column `label`; raises DataError when the data has none or some are empty, None or -1."""
         if "label" not in self._columns:
-            raise DataError("the data is unlabeled", where=self.reference, got="columns " + ", ".join(self.columns),
-                            remedy="Map the label column with ?label=COLUMN, or ask for metric=agreement.")
+            raise DataError(
+                "the data is unlabeled",
+                where=self.reference,
+                got="columns " + ", ".join(self.columns),
+                remedy="Map the label column with ?label=COLUMN, or ask for metric=agreement.",
+            )
         labels = self._columns["label"]
         absent = [index for index in range(len(labels)) if labels[index] in (None, "", -1)]
         if absent:
-            raise DataError("some examples are unlabeled", where=self.reference,
-                            got=f"{len(absent)} of {len(self)}, the first at row {absent[0]}",
-                            remedy="Use a labeled split, or ask for metric=agreement.")
+            raise DataError(
+                "some examples are unlabeled",
+                where=self.reference,
+                got=f"{len(absent)} of {len(self)}, the first at row {absent[0]}",
+                remedy="Use a labeled split, or ask for metric=agreement.",
+            )
         return labels
 
 
@@ -103,8 +112,14 @@ def load_data(ref: str) -> Examples:
         if name not in known:
             raise UsageError("unknown option", where=repr(ref), got=name, remedy=did_you_mean(name, known))
     readers: dict[str, Callable[[Reference], dict[str, Column]]] = {
-        "digits": read.digits, "imagefolder": read.imagefolder, "hf": read.hub, "csv": read.csv_file,
-        "tsv": read.tsv_file, "text": read.text_file, "npz": read.npz_file, "parquet": read.parquet_file,
+        "digits": read.digits,
+        "imagefolder": read.imagefolder,
+        "hf": read.hub,
+        "csv": read.csv_file,
+        "tsv": read.tsv_file,
+        "text": read.text_file,
+        "npz": read.npz_file,
+        "parquet": read.parquet_file,
     }
     assert set(readers) == set(DATA_SCHEMES)
     columns = _mapped(readers[reference.scheme](reference), reference)
@@ -117,8 +132,9 @@ def _mapped(columns: dict[str, Column], reference: Reference) -> dict[str, Colum
     taken = {role: reference.options[role] for role in ROLES if role in reference.options}
     for role, name in taken.items():
         if name not in columns:
-            raise DataError(f"no column {name!r} for {role!r}", where=reference.text,
-                            remedy=did_you_mean(name, list(columns)))
+            raise DataError(
+                f"no column {name!r} for {role!r}", where=reference.text, remedy=did_you_mean(name, list(columns))
+            )
     mapped = {role: columns[name] for role, name in taken.items()}
     return {**mapped, **{n: c for n, c in columns.items() if n not in mapped and n not in taken.values()}}
 
@@ -134,7 +150,7 @@ def _cut(columns: dict[str, Column], reference: Reference) -> dict[str, Column]:
         bounds[name] = int(value) if value else None
 
     def cut(column: Column) -> Column:
-        rows = range(len(column))[bounds["start"]:bounds["stop"]]
+        rows = range(len(column))[bounds["start"] : bounds["stop"]]
         return Lazy(len(rows), lambda i: column[rows[i]])
 
     return {name: cut(column) for name, column in columns.items()}
@@ -148,6 +164,7 @@ def _indexed(columns: dict[str, Column], reference: Reference) -> dict[str, Colu
     position = {name: index for index, name in enumerate(names.split(","))}
     unknown = sorted({str(v) for v in columns["label"]} - position.keys())
     if unknown:
-        raise DataError("labels that the option does not list", where=reference.text, expected=names,
-                        got=", ".join(unknown[:10]))
+        raise DataError(
+            "labels that the option does not list", where=reference.text, expected=names, got=", ".join(unknown[:10])
+        )
     return {**columns, "label": [position[str(v)] for v in columns["label"]]}

@@ -32,25 +32,28 @@ class Lazy(Sequence[Any]):
         return self._make(index + self._size if index < 0 else index)
 
 
-
-
 def digits(reference: Reference) -> dict[str, Column]:
     """Images as float32 (8, 8) in [0, 1]; the test part is every fourth example of each class, in file order."""
     import numpy as np
 
     part = reference.location
     if part not in ("", "train", "test"):
-        raise UsageError("digits has no such part", where=repr(reference.text), got=part,
-                         remedy=did_you_mean(part, ["train", "test"]))
+        raise UsageError(
+            "digits has no such part",
+            where=repr(reference.text),
+            got=part,
+            remedy=did_you_mean(part, ["train", "test"]),
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UnavailableError("the digits come with scikit-learn, which is not installed",
-                               remedy="Install it: pip install scikit-learn") from error
+        raise UnavailableError(
+            "the digits come with scikit-learn, which is not installed", remedy="Install it: pip install scikit-learn"
+        ) from error
     images, labels = load_digits(return_X_y=True)
     test = np.zeros(len(labels), dtype=bool)
     for label in range(10):
-        test[np.flatnonzero(labels == label)[_TEST_EVERY - 1::_TEST_EVERY]] = True
+        test[np.flatnonzero(labels == label)[_TEST_EVERY - 1 :: _TEST_EVERY]] = True
     rows = np.flatnonzero({"train": ~test, "test": test, "": np.ones_like(test)}[part])
     scaled = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     return {"image": [scaled[row] for row in rows], "label": [int(labels[row]) for row in rows]}
@@ -84,8 +87,12 @@ def open_image(data: bytes, where: str) -> Any:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError("cannot decode this image", where=where, got=str(error),
-                        remedy="It is damaged or no image; remove or replace it.") from error
+        raise DataError(
+            "cannot decode this image",
+            where=where,
+            got=str(error),
+            remedy="It is damaged or no image; remove or replace it.",
+        ) from error
     return image
 
 
@@ -142,9 +149,12 @@ def _table(rows: list[tuple[int, list[str]]], reference: Reference) -> dict[str,
         column = []
         for number, fields in body:
             if len(fields) <= positions[name]:
-                raise DataError("line is too short", where=f"{reference.location}:{number}",
-                                expected=f"at least {positions[name] + 1} fields, for column {name!r}",
-                                got=str(len(fields)))
+                raise DataError(
+                    "line is too short",
+                    where=f"{reference.location}:{number}",
+                    expected=f"at least {positions[name] + 1} fields, for column {name!r}",
+                    got=str(len(fields)),
+                )
             column.append(fields[positions[name]])
         columns[name] = _numbers(column) if name in _numeric(reference) else column
     return columns
@@ -184,8 +194,12 @@ def npz_file(reference: Reference) -> dict[str, Column]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise DataError("not a readable .npz of plain arrays", where=str(path), got=str(error)[:200],
-                        remedy="Write it with numpy.savez; object arrays are not read.") from error
+        raise DataError(
+            "not a readable .npz of plain arrays",
+            where=str(path),
+            got=str(error)[:200],
+            remedy="Write it with numpy.savez; object arrays are not read.",
+        ) from error
     scalars = [name for name, array in arrays.items() if array.ndim == 0]
     if scalars:
         raise DataError("arrays without a first index", where=str(path), got=", ".join(scalars))
@@ -213,8 +227,9 @@ def _image_column(column: Any, name: str, path: Path) -> Column:
         value = column[index].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise DataError(f"column {name!r} holds no image bytes", where=f"{path}, row {index}",
-                            got=type(value).__name__)
+            raise DataError(
+                f"column {name!r} holds no image bytes", where=f"{path}, row {index}", got=type(value).__name__
+            )
         return open_image(data, f"{path}, row {index}")
 
     return Lazy(len(column), make)
@@ -225,8 +240,9 @@ def hub(reference: Reference) -> dict[str, Column]:
     try:
         import datasets
     except ImportError as error:
-        raise UnavailableError("hub data needs the package datasets",
-                               remedy="pip install 'deploy-prune[data]'") from error
+        raise UnavailableError(
+            "hub data needs the package datasets", remedy="pip install 'deploy-prune[data]'"
+        ) from error
     name, _, split = reference.location.partition(":")
     try:
         loaded = datasets.load_dataset(name, reference.options.get("config"), split=split or None)
@@ -234,13 +250,20 @@ def hub(reference: Reference) -> dict[str, Column]:
         raise UsageError("the hub does not offer this dataset so", where=reference.text, got=str(error)) from error
     except (OSError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnavailableError("cannot get the dataset from the hub, and it is not in the local cache", where=name,
-                               got=reason, remedy="Go online once to download it (and unset HF_HUB_OFFLINE), or name a "
-                               "local file.") from error
+        raise UnavailableError(
+            "cannot get the dataset from the hub, and it is not in the local cache",
+            where=name,
+            got=reason,
+            remedy="Go online once to download it (and unset HF_HUB_OFFLINE), or name a local file.",
+        ) from error
     if not split:
         if len(loaded) > 1:
-            raise UsageError("which split?", where=reference.text, expected=f"hf:{name}:SPLIT",
-                             remedy=did_you_mean("", [str(known) for known in loaded]))
+            raise UsageError(
+                "which split?",
+                where=reference.text,
+                expected=f"hf:{name}:SPLIT",
+                remedy=did_you_mean("", [str(known) for known in loaded]),
+            )
         loaded = next(iter(loaded.values()))
     return {key: _hub_column(loaded, key) for key in loaded.column_names}
 

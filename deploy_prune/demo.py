@@ -1,6 +1,6 @@
 """A model for trying things out: a small vision transformer, trained in seconds on scikit-learn's digits.
 
-    python:deploy_prune.demo:digits_vit       trained (97 % on `digits:test`), the same weights on every call
+python:deploy_prune.demo:digits_vit       trained (97 % on `digits:test`), the same weights on every call
 """
 
 from __future__ import annotations
@@ -20,10 +20,24 @@ def digits_vit_untrained(width: int = 64, depth: int = 4, heads: int = 4) -> nn.
     """timm VisionTransformer for one-channel 8x8 images, patches of 2x2, ten classes; with random weights."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=width, depth=depth,
-                              num_heads=heads, mlp_ratio=4.0)
-    model.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0,
-                            "interpolation": "bicubic", "num_classes": 10}
+    model = VisionTransformer(
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=4.0,
+    )
+    model.pretrained_cfg = {
+        "input_size": (1, 8, 8),
+        "mean": (MEAN,),
+        "std": (STD,),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "num_classes": 10,
+    }
     arguments: dict[str, Any] = {"width": width, "depth": depth, "heads": heads}
     Architecture("python", "deploy_prune.demo:digits_vit_untrained", arguments).attach(model)
     return model.eval()

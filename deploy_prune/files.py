@@ -19,12 +19,14 @@ _CHUNK = 1 << 20
 
 
 def _is_write_failure(path: Path, error: OSError) -> bool:
-    """Whether `error` is about writing `path`, not about something else that the block did, such as reading its input."""
+    """Whether `error` is about writing `path`, not about something else the block did, such as reading its input."""
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
         return True
-    names = [Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    names = [
+        Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))
+    ]
     return any(path.parent.absolute() in (name, *name.parents) for name in names)
 
 
@@ -113,13 +115,19 @@ def read_json(path: Path | str, *, limit: int = 256 * 2**20) -> Any:
     """Parse a JSON file; raises UnavailableError when it is missing, ArtifactError when it is not JSON."""
     path = existing(path)
     if path.stat().st_size > limit:
-        raise ArtifactError("JSON file is too large", where=str(path), expected=f"at most {limit} bytes",
-                            got=f"{path.stat().st_size} bytes", remedy="This is not a file deploy-prune wrote.")
+        raise ArtifactError(
+            "JSON file is too large",
+            where=str(path),
+            expected=f"at most {limit} bytes",
+            got=f"{path.stat().st_size} bytes",
+            remedy="This is not a file deploy-prune wrote.",
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError("not valid JSON", where=str(path), got=str(error)[:200],
-                            remedy="The file is damaged; write it again.") from error
+        raise ArtifactError(
+            "not valid JSON", where=str(path), got=str(error)[:200], remedy="The file is damaged; write it again."
+        ) from error
 
 
 def existing(path: Path | str, what: str = "file") -> Path:
@@ -128,8 +136,12 @@ def existing(path: Path | str, what: str = "file") -> Path:
     if path.exists():
         return path
     parent = next((p for p in path.parents if p.exists()), Path("."))
-    raise UnavailableError(f"no such {what}", where=str(path), got=f"nearest existing directory is {parent}",
-                           remedy="Check the spelling, or give the location with --set or DEPLOY_PRUNE_DATA.")
+    raise UnavailableError(
+        f"no such {what}",
+        where=str(path),
+        got=f"nearest existing directory is {parent}",
+        remedy="Check the spelling, or give the location with --set or DEPLOY_PRUNE_DATA.",
+    )
 
 
 def sha256_file(path: Path | str) -> str:

@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 GateValues = Mapping[str, Tensor]
 
 
-def open_gates(sites: Sequence[Site], kinds: Sequence[UnitKind] | None = None, *, batch: int | None = None,
-               device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def open_gates(
+    sites: Sequence[Site],
+    kinds: Sequence[UnitKind] | None = None,
+    *,
+    batch: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
     """Gates at 1 for every unit: float32, (units,) or (batch, units)."""
     return {
         unit_key(site.name, kind): torch.ones(
-            (site.counts[kind],) if batch is None else (batch, site.counts[kind]), device=device)
+            (site.counts[kind],) if batch is None else (batch, site.counts[kind]), device=device
+        )
         for site, kind in groups(sites, kinds)
     }
 
 
 @contextmanager
-def gated(model: nn.Module, sites: Sequence[Site], gates: GateValues,
-          means: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def gated(
+    model: nn.Module, sites: Sequence[Site], gates: GateValues, means: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Within the block the model runs with x ← m·x + (1 − m)·μ at the input of every gated output projection.
 
     `means` gives μ by site name, each (features of the output projection,); without it μ = 0. Gates at exactly 1

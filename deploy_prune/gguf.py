@@ -42,8 +42,9 @@ def cached_folder(file: Path) -> Path:
     with open(existing(file, "GGUF file"), "rb") as stream:
         magic = stream.read(4)
     if magic != _MAGIC:
-        raise ArtifactError("not a GGUF file", where=str(file), expected="the first four bytes to be 'GGUF'",
-                            got=repr(magic))
+        raise ArtifactError(
+            "not a GGUF file", where=str(file), expected="the first four bytes to be 'GGUF'", got=repr(magic)
+        )
     return cache_root() / "gguf" / f"{sha256_file(file)[:32]}-{_versions()}"
 
 
@@ -53,8 +54,11 @@ def _versions() -> str:
     try:
         return f"transformers{version('transformers')}-gguf{version('gguf')}"
     except PackageNotFoundError as error:
-        raise UnavailableError("reading GGUF files needs a package that is not installed", got=str(error),
-                               remedy="Install it: pip install gguf") from error
+        raise UnavailableError(
+            "reading GGUF files needs a package that is not installed",
+            got=str(error),
+            remedy="Install it: pip install gguf",
+        ) from error
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -67,9 +71,13 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, IndexError, TypeError, struct.error, RuntimeError) as error:
-        raise ArtifactError("cannot read this GGUF file", where=str(file), got=f"{type(error).__name__}: {error}"[:300],
-                            remedy="It is damaged, or of an architecture that transformers cannot read from GGUF; "
-                            "copy it again or use the model's safetensors form.") from error
+        raise ArtifactError(
+            "cannot read this GGUF file",
+            where=str(file),
+            got=f"{type(error).__name__}: {error}"[:300],
+            remedy="It is damaged, or of an architecture that transformers cannot read from GGUF; "
+            "copy it again or use the model's safetensors form.",
+        ) from error
     # The weights are plain floats now, but a model that came from GGUF refuses to be saved: move them to a fresh one.
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     plain = type(model)(type(model.config).from_dict(settings))

@@ -44,9 +44,17 @@ class SolutionPath:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def from_importance(importance: Mapping[str, NDArray[Any]], *, allocation: Allocation = "global", model: str,
-                        weights_sha256: str, sites: Sequence[Site], costs: CostModel, method: str,
-                        options: Mapping[str, Any] | None = None) -> SolutionPath:
+    def from_importance(
+        importance: Mapping[str, NDArray[Any]],
+        *,
+        allocation: Allocation = "global",
+        model: str,
+        weights_sha256: str,
+        sites: Sequence[Site],
+        costs: CostModel,
+        method: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> SolutionPath:
         """Order the units by `importance` (larger stays longer; (units,) per key) under an allocation.
 
         Raises UsageError for an unknown allocation or when an importance is not finite.
@@ -55,8 +63,12 @@ class SolutionPath:
             raise UsageError(f"unknown allocation {allocation!r}", remedy=did_you_mean(allocation, ALLOCATIONS))
         bad = [key for key, values in importance.items() if not np.isfinite(values).all()]
         if bad:
-            raise UsageError("importance is not finite", problems=bad, where=method,
-                             remedy="The model or its data produces NaN; try precision: fp32.")
+            raise UsageError(
+                "importance is not finite",
+                problems=bad,
+                where=method,
+                remedy="The model or its data produces NaN; try precision: fp32.",
+            )
         units = _Units.of(sites, costs, None)
         raw = np.concatenate([np.asarray(importance[key], dtype=np.float64) for key in units.keys])
         pool = {"global": np.zeros_like(units.group), "separate": units.kind, "uniform": units.group}[allocation]
@@ -69,11 +81,19 @@ class SolutionPath:
         score = np.empty(len(raw))
         score[order] = np.cumsum(units.params[order]) / units.params.sum()
         scores = {key: score[units.group == g] for g, key in enumerate(units.keys)}
-        return SolutionPath(model, weights_sha256, tuple(sites), costs, scores, method,
-                            {"allocation": allocation, **(options or {})})
+        return SolutionPath(
+            model, weights_sha256, tuple(sites), costs, scores, method, {"allocation": allocation, **(options or {})}
+        )
 
-    def plan(self, sparsity: float | None = None, *, budget: Budget = "sparsity", value: float | None = None,
-             kinds: Sequence[str] | None = None, align: int = 1) -> PrunePlan:
+    def plan(
+        self,
+        sparsity: float | None = None,
+        *,
+        budget: Budget = "sparsity",
+        value: float | None = None,
+        kinds: Sequence[str] | None = None,
+        align: int = 1,
+    ) -> PrunePlan:
         """The first plan along the path that meets the target; plans of one path, kinds and alignment are nested.
 
         `sparsity` (or budget="sparsity", value=...) is the share of prunable parameters, of the given unit `kinds`,
@@ -110,24 +130,33 @@ class SolutionPath:
         if not met(best):
             figure = f"{best.sparsity:.4f} sparsity" if budget == "sparsity" else f"{getattr(best, budget)} {budget}"
             raise BudgetError(
-                f"no plan of this path reaches {budget} {value:g}", expected=f"{budget} {value:g}",
+                f"no plan of this path reaches {budget} {value:g}",
+                expected=f"{budget} {value:g}",
                 got=f"best reachable: {figure} (kinds {', '.join(k.value for k in chosen)}, align {align}, "
-                    "at least one unit per site)",
-                remedy="Ask for less, allow more unit kinds, or lower the alignment.")
+                "at least one unit per site)",
+                remedy="Ask for less, allow more unit kinds, or lower the alignment.",
+            )
         low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if met(costs_after(middle)) else (middle + 1, high)
-        return self._cut(counts_after(low), score, units, Target(
-            budget=budget, value=value, kinds=tuple(k.value for k in chosen), align=align), costs_after(low))
+        return self._cut(
+            counts_after(low),
+            score,
+            units,
+            Target(budget=budget, value=value, kinds=tuple(k.value for k in chosen), align=align),
+            costs_after(low),
+        )
 
-    def _cut(self, counts: NDArray[np.int64], score: NDArray[np.float64], units: _Units, asked: Target,
-             achieved: Costs) -> PrunePlan:
+    def _cut(
+        self, counts: NDArray[np.int64], score: NDArray[np.float64], units: _Units, asked: Target, achieved: Costs
+    ) -> PrunePlan:
         kept: dict[tuple[str, UnitKind], Sequence[int]] = {
-            (s.name, k): range(s.counts[k]) for s, k in groups(self.sites)}
+            (s.name, k): range(s.counts[k]) for s, k in groups(self.sites)
+        }
         for g, (site, kind) in enumerate(units.groups):
             own = score[units.group == g]
-            stays = np.argsort(own, kind="stable")[len(own) - int(counts[g]):]
+            stays = np.argsort(own, kind="stable")[len(own) - int(counts[g]) :]
             kept[site.name, kind] = stays.tolist()
         return plan_from_units(self.model, self.weights_sha256, self.sites, kept, asked=asked, achieved=achieved)
 
@@ -139,8 +168,13 @@ class SolutionPath:
         by_kind: dict[str, int] = {}
         for site, kind in groups(self.sites):
             by_kind[kind.value] = by_kind.get(kind.value, 0) + of[site.name][kind]
-        return Costs(sparsity=(self.costs.params - params) / prunable, params=params,
-                     macs=self.costs.macs_of(self.sites, of), bytes=BYTES_PER_PARAMETER * params, units=by_kind)
+        return Costs(
+            sparsity=(self.costs.params - params) / prunable,
+            params=params,
+            macs=self.costs.macs_of(self.sites, of),
+            bytes=BYTES_PER_PARAMETER * params,
+            units=by_kind,
+        )
 
     def _check_target(self, sparsity: float | None, budget: str, value: float | None, align: int) -> float:
         if budget not in BUDGETS:
@@ -155,14 +189,22 @@ class SolutionPath:
             raise UsageError("alignment must be at least 1", got=str(align))
         if budget == "sparsity":
             if not 0 < value < 1:
-                raise UsageError("sparsity out of range", expected="a share between 0 and 1, both excluded",
-                                 got=f"{value:g}", remedy="0.3 removes 30 % of the prunable parameters.")
+                raise UsageError(
+                    "sparsity out of range",
+                    expected="a share between 0 and 1, both excluded",
+                    got=f"{value:g}",
+                    remedy="0.3 removes 30 % of the prunable parameters.",
+                )
             return float(value)
-        dense = {"params": self.costs.params, "macs": self.costs.macs,
-                 "bytes": BYTES_PER_PARAMETER * self.costs.params}[budget]
+        dense = {
+            "params": self.costs.params,
+            "macs": self.costs.macs,
+            "bytes": BYTES_PER_PARAMETER * self.costs.params,
+        }[budget]
         if not value > 0:
-            raise UsageError(f"{budget} out of range", expected="a positive number or a share of the dense model",
-                             got=f"{value:g}")
+            raise UsageError(
+                f"{budget} out of range", expected="a positive number or a share of the dense model", got=f"{value:g}"
+            )
         return float(value * dense if value < 1 else value)
 
     def _check_kinds(self, kinds: Sequence[str] | None) -> tuple[UnitKind, ...]:
@@ -171,8 +213,10 @@ class SolutionPath:
             return have
         unknown = [k for k in kinds if k not in have]
         if unknown or not kinds:
-            raise UsageError(f"the model has no units of kind {', '.join(map(repr, unknown)) or 'nothing'}",
-                             remedy=did_you_mean(unknown[0] if unknown else "", [k.value for k in have]))
+            raise UsageError(
+                f"the model has no units of kind {', '.join(map(repr, unknown)) or 'nothing'}",
+                remedy=did_you_mean(unknown[0] if unknown else "", [k.value for k in have]),
+            )
         return tuple(k for k in have if k in kinds)
 
     def named(self, model: str) -> SolutionPath:
@@ -183,11 +227,20 @@ class SolutionPath:
         """Write the path as safetensors, atomically; the same path is always the same bytes."""
         from safetensors.numpy import save
 
-        meta = {"_type": "SolutionPath", "_version": VERSION, "model": self.model,
-                "weights_sha256": self.weights_sha256, "method": self.method, "options": dict(self.options),
-                "costs": self.costs.to_json(), "sites": [_site_to_json(s) for s in self.sites]}
-        data = save({key: np.ascontiguousarray(v) for key, v in sorted(self.scores.items())},
-                    {"deploy_prune": json.dumps(meta, sort_keys=True)})
+        meta = {
+            "_type": "SolutionPath",
+            "_version": VERSION,
+            "model": self.model,
+            "weights_sha256": self.weights_sha256,
+            "method": self.method,
+            "options": dict(self.options),
+            "costs": self.costs.to_json(),
+            "sites": [_site_to_json(s) for s in self.sites],
+        }
+        data = save(
+            {key: np.ascontiguousarray(v) for key, v in sorted(self.scores.items())},
+            {"deploy_prune": json.dumps(meta, sort_keys=True)},
+        )
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
 
@@ -203,16 +256,26 @@ class SolutionPath:
                 scores = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if meta["_type"] != "SolutionPath" or meta["_version"] != VERSION:
                 raise ValueError(f"type {meta['_type']!r}, version {meta['_version']!r}")
-            loaded = SolutionPath(meta["model"], meta["weights_sha256"],
-                                  tuple(_site_from_json(s) for s in meta["sites"]), CostModel.from_json(meta["costs"]),
-                                  scores, meta["method"], meta["options"])
+            loaded = SolutionPath(
+                meta["model"],
+                meta["weights_sha256"],
+                tuple(_site_from_json(s) for s in meta["sites"]),
+                CostModel.from_json(meta["costs"]),
+                scores,
+                meta["method"],
+                meta["options"],
+            )
             for site, kind in groups(loaded.sites):
                 values = scores[unit_key(site.name, kind)]
                 if values.shape != (site.counts[kind],) or not np.isfinite(values).all():
                     raise ValueError(f"scores of {site.name}/{kind.value} have shape {values.shape}")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError("not a whole solution path", where=str(path), got=f"{type(error).__name__}: {error}"[:200],
-                                remedy="The file is damaged or something else; search again.") from error
+            raise ArtifactError(
+                "not a whole solution path",
+                where=str(path),
+                got=f"{type(error).__name__}: {error}"[:200],
+                remedy="The file is damaged or something else; search again.",
+            ) from error
         return loaded
 
 
@@ -233,19 +296,37 @@ class _Units:
         counts = [s.counts[k] for s, k in found]
         order = list(UnitKind)
         repeat: Callable[[list[Any]], NDArray[Any]] = lambda values: np.repeat(np.asarray(values), counts)  # noqa: E731
-        return _Units(found, [unit_key(s.name, k) for s, k in found], repeat(list(range(len(found)))),
-                      repeat([order.index(k) for _, k in found]),
-                      repeat([float(costs.unit_params(s, k)) for s, k in found]),
-                      np.array([k is not UnitKind.HEAD for _, k in found]))
+        return _Units(
+            found,
+            [unit_key(s.name, k) for s, k in found],
+            repeat(list(range(len(found)))),
+            repeat([order.index(k) for _, k in found]),
+            repeat([float(costs.unit_params(s, k)) for s, k in found]),
+            np.array([k is not UnitKind.HEAD for _, k in found]),
+        )
 
 
 def _site_to_json(site: Site) -> dict[str, Any]:
-    return {"name": site.name, "kind": site.kind.value, "out": site.out, "heads": site.heads,
-            "kv_heads": site.kv_heads, "head_dim": site.head_dim, "counts": {k.value: n for k, n in site.counts.items()},
-            "slices": {k.value: [[s.module, s.axis, s.block, s.parts] for s in v] for k, v in site.slices.items()}}
+    return {
+        "name": site.name,
+        "kind": site.kind.value,
+        "out": site.out,
+        "heads": site.heads,
+        "kv_heads": site.kv_heads,
+        "head_dim": site.head_dim,
+        "counts": {k.value: n for k, n in site.counts.items()},
+        "slices": {k.value: [[s.module, s.axis, s.block, s.parts] for s in v] for k, v in site.slices.items()},
+    }
 
 
 def _site_from_json(data: dict[str, Any]) -> Site:
-    return Site(data["name"], SiteKind(data["kind"]), {UnitKind(k): n for k, n in data["counts"].items()},
-                {UnitKind(k): tuple(Slice(*s) for s in v) for k, v in data["slices"].items()}, data["out"],
-                data["heads"], data["kv_heads"], data["head_dim"])
+    return Site(
+        data["name"],
+        SiteKind(data["kind"]),
+        {UnitKind(k): n for k, n in data["counts"].items()},
+        {UnitKind(k): tuple(Slice(*s) for s in v) for k, v in data["slices"].items()},
+        data["out"],
+        data["heads"],
+        data["kv_heads"],
+        data["head_dim"],
+    )

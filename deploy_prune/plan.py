@@ -68,10 +68,13 @@ class PrunePlan(BaseModel):
         """Whether every unit kept here is kept in `larger` too."""
         return all(
             set(indices) <= set(larger.keep.get(site, {}).get(kind, ()))
-            for site, kinds in self.keep.items() for kind, indices in kinds.items()
+            for site, kinds in self.keep.items()
+            for kind, indices in kinds.items()
         )
 
-    def validate_for(self, sites: Sequence[Site], weights_sha256: str | None = None, *, where: str | None = None) -> None:
+    def validate_for(
+        self, sites: Sequence[Site], weights_sha256: str | None = None, *, where: str | None = None
+    ) -> None:
         """Check the plan against a model. Raises PlanError listing every problem; touches no weight.
 
         With `weights_sha256` the plan must have been made for exactly those weights.
@@ -79,12 +82,17 @@ class PrunePlan(BaseModel):
         problems = list(_problems(self, sites))
         remedy = None
         if weights_sha256 is not None and weights_sha256 != self.weights_sha256:
-            problems.append(f"weights: the plan was made for sha256 {self.weights_sha256[:12]}…, "
-                            f"these are {weights_sha256[:12]}…")
+            problems.append(
+                f"weights: the plan was made for sha256 {self.weights_sha256[:12]}…, these are {weights_sha256[:12]}…"
+            )
             remedy = "Search again, or pass the checkpoint that the plan names."
         if problems:
-            raise PlanError(f"{len(problems)} problem{'s' * (len(problems) > 1)}",
-                            where=f"{where or 'the plan'} for {self.model}", problems=problems, remedy=remedy)
+            raise PlanError(
+                f"{len(problems)} problem{'s' * (len(problems) > 1)}",
+                where=f"{where or 'the plan'} for {self.model}",
+                problems=problems,
+                remedy=remedy,
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {"_type": "PrunePlan", "_version": VERSION, **self.model_dump(mode="json")}
@@ -101,28 +109,45 @@ class PrunePlan(BaseModel):
     @staticmethod
     def from_json(data: Any, *, where: str = "plan") -> PrunePlan:
         if not isinstance(data, dict) or data.get("_type") != "PrunePlan":
-            raise ArtifactError("not a plan", where=where, expected='"_type": "PrunePlan"',
-                                got=repr(data.get("_type") if isinstance(data, dict) else type(data).__name__)[:80],
-                                remedy="Pass a plans/NAME.json of a bundle.")
+            raise ArtifactError(
+                "not a plan",
+                where=where,
+                expected='"_type": "PrunePlan"',
+                got=repr(data.get("_type") if isinstance(data, dict) else type(data).__name__)[:80],
+                remedy="Pass a plans/NAME.json of a bundle.",
+            )
         if data.get("_version") != VERSION:
-            raise ArtifactError("unknown plan version", where=where, expected=str(VERSION),
-                                got=repr(data.get("_version"))[:40], remedy="Install a deploy-prune that knows it.")
+            raise ArtifactError(
+                "unknown plan version",
+                where=where,
+                expected=str(VERSION),
+                got=repr(data.get("_version"))[:40],
+                remedy="Install a deploy-prune that knows it.",
+            )
         try:
             return PrunePlan.model_validate({k: v for k, v in data.items() if k not in ("_type", "_version")})
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:20]]
-            raise ArtifactError("not a valid plan", where=where, problems=problems,
-                                remedy="The file is damaged or was edited; search again.") from error
+            raise ArtifactError(
+                "not a valid plan",
+                where=where,
+                problems=problems,
+                remedy="The file is damaged or was edited; search again.",
+            ) from error
 
 
 def dense_plan(model: str, weights_sha256: str, sites: Sequence[Site]) -> PrunePlan:
     """The plan that keeps everything."""
-    return plan_from_units(model, weights_sha256, sites,
-                           {(s.name, k): range(s.counts[k]) for s, k in groups(sites)})
+    return plan_from_units(model, weights_sha256, sites, {(s.name, k): range(s.counts[k]) for s, k in groups(sites)})
 
 
-def plan_from_units(model: str, weights_sha256: str, sites: Sequence[Site],
-                    kept: Mapping[tuple[str, UnitKind], Sequence[int]], **more: Any) -> PrunePlan:
+def plan_from_units(
+    model: str,
+    weights_sha256: str,
+    sites: Sequence[Site],
+    kept: Mapping[tuple[str, UnitKind], Sequence[int]],
+    **more: Any,
+) -> PrunePlan:
     """A plan from kept unit indices, with head units spelled out as query heads."""
     keep: dict[str, dict[UnitKind, list[int]]] = {}
     for site, kind in groups(sites):
@@ -169,8 +194,10 @@ def _index_problems(site: Site, kind: UnitKind, units: int, indices: list[int]) 
         owned = range(group * per, (group + 1) * per)
         part = present.intersection(owned)
         if part and len(part) < per:
-            yield (f"{site.name}: keeps query heads {_some(sorted(part))} but key/value group {group} owns heads "
-                   f"{owned[0]}-{owned[-1]}; keep the whole group or none of it")
+            yield (
+                f"{site.name}: keeps query heads {_some(sorted(part))} but key/value group {group} owns heads "
+                f"{owned[0]}-{owned[-1]}; keep the whole group or none of it"
+            )
 
 
 def _some(indices: Sequence[int]) -> str:

@@ -118,7 +118,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         where = _dotted(item["loc"])
         if item["type"] == "extra_forbidden":
             known = list(_model_at(model, item["loc"][:-1]).model_fields)
-            problems.append(f"{where}: unknown key. {did_you_mean(str(item['loc'][-1]), known)}")
+            problems.append(
+                f"{where}: unknown key. {did_you_mean(str(item['loc'][-1]), known) if known else '(it takes none)'}"
+            )
         elif item["type"] == "missing":
             problems.append(f"{where}: missing")
         elif item["type"] == "value_error":

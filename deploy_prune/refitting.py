@@ -72,8 +72,14 @@ class _Accumulator:
 
 
 @torch.no_grad()
-def collect_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], signature: Signature, *,
-                    progress: Progress = SILENT) -> dict[str, SiteMoments]:
+def collect_moments(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    signature: Signature,
+    *,
+    progress: Progress = SILENT,
+) -> dict[str, SiteMoments]:
     """Stream calibration `batches` through the dense model; padding tokens are left out.
 
     Memory: one (d, d) float64 matrix per site, never the activations. Raises DataError when there is no batch,
@@ -96,8 +102,9 @@ def collect_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[B
     return moments
 
 
-def refit_output(moments: SiteMoments, weight: Tensor, kept: Tensor, ridge: float, *,
-                 centred: bool = True) -> tuple[Tensor, Tensor]:
+def refit_output(
+    moments: SiteMoments, weight: Tensor, kept: Tensor, ridge: float, *, centred: bool = True
+) -> tuple[Tensor, Tensor]:
     """Weights and bias shift that best replace the removed inputs of an output projection.
 
     Least squares over the calibration tokens (CORP, arXiv 2602.05243):
@@ -112,8 +119,11 @@ def refit_output(moments: SiteMoments, weight: Tensor, kept: Tensor, ridge: floa
     λ = ridge * Σ_SS.diagonal().mean()
     factor, failed = torch.linalg.cholesky_ex(Σ_SS + λ * torch.eye(len(Σ_SS), dtype=Σ.dtype))
     if failed:
-        raise RefitError("the kept activations' moment matrix is not positive definite", got=f"ridge {ridge:g}",
-                         remedy="Use more calibration examples or a larger ridge (refit.ridge).")
+        raise RefitError(
+            "the kept activations' moment matrix is not positive definite",
+            got=f"ridge {ridge:g}",
+            remedy="Use more calibration examples or a larger ridge (refit.ridge).",
+        )
     B = torch.cholesky_solve(Σ_PS.T, factor).T
     W = weight.double().cpu()
     W_S, W_P = W[:, S], W[:, P]
@@ -140,8 +150,13 @@ def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float =
             continue
         own = moments.get(site.name)
         if own is None or len(own.mean) != layer.in_features:
-            raise ArtifactError("the moments are of another model", where=site.name, expected=f"{layer.in_features} features",
-                                got="none" if own is None else f"{len(own.mean)}", remedy="Collect them again.")
+            raise ArtifactError(
+                "the moments are of another model",
+                where=site.name,
+                expected=f"{layer.in_features} features",
+                got="none" if own is None else f"{len(own.mean)}",
+                remedy="Collect them again.",
+            )
         weight, shift = refit_output(own, layer.weight, kept, ridge, centred=layer.bias is not None)
         layer.weight[:, kept.to(layer.weight.device)] = weight.to(layer.weight)
         if layer.bias is not None:
@@ -182,5 +197,9 @@ def load_moments(path: Path | str) -> dict[str, SiteMoments]:
         names = sorted({key.rpartition("/")[0] for key in tensors})
         return {n: SiteMoments(int(tensors[f"{n}/count"]), tensors[f"{n}/mean"], tensors[f"{n}/second"]) for n in names}
     except (SafetensorError, KeyError) as error:
-        raise ArtifactError("not a whole moments file", where=str(path), got=str(error)[:200],
-                            remedy="Collect the moments again (`--fresh`).") from error
+        raise ArtifactError(
+            "not a whole moments file",
+            where=str(path),
+            got=str(error)[:200],
+            remedy="Collect the moments again (`--fresh`).",
+        ) from error

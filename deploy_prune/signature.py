@@ -59,7 +59,7 @@ class Signature:
                 mask = torch.ones(shape, dtype=torch.int64)
                 if padding:
                     for row in range(1, shape[0]):
-                        mask[row, max(1, shape[1] - row - shape[1] // 3):] = 0
+                        mask[row, max(1, shape[1] - row - shape[1] // 3) :] = 0
                 made[spec.name] = mask
             else:
                 made[spec.name] = torch.randn(shape, generator=generator)
@@ -67,6 +67,7 @@ class Signature:
 
     def describe(self) -> dict[str, Any]:
         """The signature as plain JSON data, for the manifest."""
+
         def one(spec: TensorSpec) -> dict[str, Any]:
             return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "role": spec.role}
 

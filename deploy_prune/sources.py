@@ -83,8 +83,12 @@ def load_tokenizer(ref: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UnavailableError("no usable tokenizer", where=str(folder), got=str(error).splitlines()[0],
-                               remedy="The model folder needs tokenizer.json or its vocabulary files.") from error
+        raise UnavailableError(
+            "no usable tokenizer",
+            where=str(folder),
+            got=str(error).splitlines()[0],
+            remedy="The model folder needs tokenizer.json or its vocabulary files.",
+        ) from error
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
@@ -101,13 +105,19 @@ def model_folder(ref: str) -> Path:
         with _without_progress_bars():
             return dequantised(existing_path(reference.location, "GGUF file"))
     if reference.scheme != "hf":
-        raise UsageError("this model comes without a folder of config and tokenizer", where=repr(ref),
-                         expected="an hf: or gguf: reference")
+        raise UsageError(
+            "this model comes without a folder of config and tokenizer",
+            where=repr(ref),
+            expected="an hf: or gguf: reference",
+        )
     if _is_local(reference.location):
         folder = existing_path(reference.location, "model directory")
         if not (folder / "config.json").is_file():
-            raise UnavailableError("no config.json in the model directory", where=str(folder),
-                                   remedy="An hf: directory holds config.json and model.safetensors.")
+            raise UnavailableError(
+                "no config.json in the model directory",
+                where=str(folder),
+                remedy="An hf: directory holds config.json and model.safetensors.",
+            )
         return folder
     return _fetch(reference.location)
 
@@ -150,11 +160,19 @@ def _load_timm(reference: Reference, arguments: dict[str, Any]) -> nn.Module:
     except TypeError as error:
         raise UsageError("timm does not take these arguments", where=reference.text, got=str(error)) from error
     except OSError as error:
-        raise UnavailableError("cannot download the pretrained weights", where=reference.text,
-                               got=str(error).splitlines()[0], remedy=_OFFLINE_REMEDY) from error
+        raise UnavailableError(
+            "cannot download the pretrained weights",
+            where=reference.text,
+            got=str(error).splitlines()[0],
+            remedy=_OFFLINE_REMEDY,
+        ) from error
     except RuntimeError as error:
-        raise UsageError("timm cannot make this model", where=reference.text, got=str(error),
-                         remedy="Name a pretrained tag that timm lists, or pass a weights file with @FILE.") from error
+        raise UsageError(
+            "timm cannot make this model",
+            where=reference.text,
+            got=str(error),
+            remedy="Name a pretrained tag that timm lists, or pass a weights file with @FILE.",
+        ) from error
     if reference.file is not None:
         load_strictly(model, tensors, str(file))
     Architecture("timm", reference.location, arguments).attach(model)
@@ -171,14 +189,20 @@ def _timm_hub_id(name: str) -> str:
         import difflib
 
         close = difflib.get_close_matches(architecture, known, n=5, cutoff=0.6) or known[:5]
-        raise UsageError("timm has no such model", got=architecture,
-                         remedy=f"{did_you_mean(architecture, close)} All {len(known)}: timm.list_models()")
+        raise UsageError(
+            "timm has no such model",
+            got=architecture,
+            remedy=f"{did_you_mean(architecture, close)} All {len(known)}: timm.list_models()",
+        )
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = [tag.partition(".")[2] for tag in timm.list_pretrained(architecture)]
-        raise UsageError(f"timm has no such weights of {architecture}", got=name.partition(".")[2],
-                         remedy=did_you_mean(name.partition(".")[2], tags)) from error
+        raise UsageError(
+            f"timm has no such weights of {architecture}",
+            got=name.partition(".")[2],
+            remedy=did_you_mean(name.partition(".")[2], tags),
+        ) from error
     return str(config.hf_hub_id or name) if config else name
 
 
@@ -196,37 +220,56 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
     import torch
 
     if "trust_remote_code" in arguments:
-        raise UsageError("a reference cannot run code from the hub", where=reference.text,
-                         remedy="Write a function that loads the model and name it python:module:function.")
+        raise UsageError(
+            "a reference cannot run code from the hub",
+            where=reference.text,
+            remedy="Write a function that loads the model and name it python:module:function.",
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UnavailableError("no safetensors weights in the model directory", where=str(folder),
-                               remedy="Pickled weights are not read; convert them with "
-                               "model.save_pretrained(directory).")
+        raise UnavailableError(
+            "no safetensors weights in the model directory",
+            where=str(folder),
+            remedy="Pickled weights are not read; convert them with model.save_pretrained(directory).",
+        )
     for file in files:
         check_safetensors(file)
     if reference.sha256 is not None:
         if len(files) != 1:
-            raise UsageError("an expected sha256 needs a single weights file", where=str(folder),
-                             got=", ".join(file.name for file in files))
+            raise UsageError(
+                "an expected sha256 needs a single weights file",
+                where=str(folder),
+                got=", ".join(file.name for file in files),
+            )
         check_sha256(files[0], reference.sha256)
     embedder = (folder / "modules.json").is_file()  # a sentence-transformers folder ships the encoder alone
     cls = _model_class(folder, embedder)
     arguments.setdefault("attn_implementation", "sdpa")
     try:
         with _without_progress_bars():
-            model, info = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                              ignore_mismatched_sizes=True, output_loading_info=True, **arguments)
+            model, info = cls.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
     except TypeError as error:
         raise UsageError("transformers does not take these arguments", where=reference.text, got=str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise ArtifactError("transformers cannot load this model", where=str(folder),
-                            got=str(error).splitlines()[0]) from error
+        raise ArtifactError(
+            "transformers cannot load this model", where=str(folder), got=str(error).splitlines()[0]
+        ) from error
     missing = set(info["missing_keys"])
     if embedder:
         missing -= _zero_pooler(model, missing)
-    check_keys(str(folder), missing=missing, unexpected=() if embedder else info["unexpected_keys"],
-               misshapen=[(k, tuple(got), tuple(want)) for k, got, want in info["mismatched_keys"]])
+    check_keys(
+        str(folder),
+        missing=missing,
+        unexpected=() if embedder else info["unexpected_keys"],
+        misshapen=[(k, tuple(got), tuple(want)) for k, got, want in info["mismatched_keys"]],
+    )
     return model
 
 
@@ -238,13 +281,20 @@ def _model_class(folder: Path, embedder: bool) -> Any:
     try:
         names = transformers.AutoConfig.from_pretrained(folder).architectures or []
     except (ValueError, KeyError, OSError) as error:
-        raise ArtifactError("transformers does not understand config.json", where=str(folder),
-                            got=str(error).splitlines()[0],
-                            remedy="Install a transformers version that knows this model type.") from error
+        raise ArtifactError(
+            "transformers does not understand config.json",
+            where=str(folder),
+            got=str(error).splitlines()[0],
+            remedy="Install a transformers version that knows this model type.",
+        ) from error
     cls = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UsageError("config.json does not name one transformers model class", where=str(folder / "config.json"),
-                         expected='"architectures": ["SomeModelClass"]', got=repr(names))
+        raise UsageError(
+            "config.json does not name one transformers model class",
+            where=str(folder / "config.json"),
+            expected='"architectures": ["SomeModelClass"]',
+            got=repr(names),
+        )
     return cls
 
 
@@ -265,8 +315,12 @@ def _load_python(reference: Reference, arguments: dict[str, Any]) -> nn.Module:
     _no_file_to_hash(reference)
     model = load_function(reference.location)(**arguments)
     if not isinstance(model, nn.Module):
-        raise UsageError("the function did not return a model", where=reference.text, expected="a torch.nn.Module",
-                         got=type(model).__name__)
+        raise UsageError(
+            "the function did not return a model",
+            where=reference.text,
+            expected="a torch.nn.Module",
+            got=type(model).__name__,
+        )
     if "_deploy_prune_architecture" not in vars(model):  # a function may name a cheaper builder than itself
         Architecture("python", reference.location, arguments).attach(model)
     return model
@@ -274,8 +328,9 @@ def _load_python(reference: Reference, arguments: dict[str, Any]) -> nn.Module:
 
 def _no_file_to_hash(reference: Reference) -> None:
     if reference.sha256 is not None:
-        raise UsageError("an expected sha256 needs a weights file", where=reference.text,
-                         expected="timm:NAME@FILE, hf: or gguf:")
+        raise UsageError(
+            "an expected sha256 needs a weights file", where=reference.text, expected="timm:NAME@FILE, hf: or gguf:"
+        )
 
 
 def _is_local(location: str) -> bool:
@@ -292,8 +347,12 @@ def _fetch(hub_id: str) -> Path:
         with _without_progress_bars():
             return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIP)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UnavailableError("cannot get the model from the hub, and it is not in the local cache", where=hub_id,
-                               got=str(error).splitlines()[0], remedy=_OFFLINE_REMEDY) from error
+        raise UnavailableError(
+            "cannot get the model from the hub, and it is not in the local cache",
+            where=hub_id,
+            got=str(error).splitlines()[0],
+            remedy=_OFFLINE_REMEDY,
+        ) from error
 
 
 def _cached(hub_id: str, file: str) -> bool:

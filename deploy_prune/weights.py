@@ -28,20 +28,36 @@ def check_safetensors(path: Path | str) -> None:
     with open(path, "rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise ArtifactError("truncated safetensors file", where=str(path), expected="at least 8 bytes",
-                                got=f"{size} bytes", remedy=_AGAIN)
+            raise ArtifactError(
+                "truncated safetensors file",
+                where=str(path),
+                expected="at least 8 bytes",
+                got=f"{size} bytes",
+                remedy=_AGAIN,
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_HEADER_LIMIT, size - 8):
-            raise ArtifactError("truncated or damaged safetensors file", where=str(path), remedy=_AGAIN,
-                                expected=f"a header of {length} bytes", got=f"{size} bytes in all")
+            raise ArtifactError(
+                "truncated or damaged safetensors file",
+                where=str(path),
+                remedy=_AGAIN,
+                expected=f"a header of {length} bytes",
+                got=f"{size} bytes in all",
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        announced = 8 + length + max(
-            (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        announced = (
+            8
+            + length
+            + max(
+                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+            )
+        )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise ArtifactError("damaged safetensors header", where=str(path), got=str(error)[:200],
-                            remedy=_AGAIN) from error
+        raise ArtifactError(
+            "damaged safetensors header", where=str(path), got=str(error)[:200], remedy=_AGAIN
+        ) from error
     if size != announced:
         fault = "truncated safetensors file" if size < announced else "safetensors file with a foreign tail"
         raise ArtifactError(fault, where=str(path), expected=f"{announced} bytes", got=f"{size} bytes", remedy=_AGAIN)
@@ -56,8 +72,9 @@ def read_safetensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ArtifactError("damaged safetensors header", where=str(path), got=str(error)[:200],
-                            remedy=_AGAIN) from error
+        raise ArtifactError(
+            "damaged safetensors header", where=str(path), got=str(error)[:200], remedy=_AGAIN
+        ) from error
 
 
 def check_sha256(path: Path, expected: str | None) -> None:
@@ -66,8 +83,13 @@ def check_sha256(path: Path, expected: str | None) -> None:
         return
     got = sha256_file(existing(path))
     if got != expected.lower():
-        raise ArtifactError("file is not the one the reference names", where=str(path), expected=f"sha256 {expected}",
-                            got=f"sha256 {got}", remedy=_AGAIN)
+        raise ArtifactError(
+            "file is not the one the reference names",
+            where=str(path),
+            expected=f"sha256 {expected}",
+            got=f"sha256 {got}",
+            remedy=_AGAIN,
+        )
 
 
 def check_keys(
@@ -80,12 +102,17 @@ def check_keys(
     """Raises one ArtifactError that lists every key at fault; `misshapen` holds (name, in the file, in the model)."""
     problems = [f"missing: {name}" for name in sorted(missing)]
     problems += [f"unexpected: {name}" for name in sorted(unexpected)]
-    problems += [f"{name}: the file has shape {tuple(got)}, the model {tuple(want)}"
-                 for name, got, want in sorted(misshapen)]
+    problems += [
+        f"{name}: the file has shape {tuple(got)}, the model {tuple(want)}" for name, got, want in sorted(misshapen)
+    ]
     if problems:
-        raise ArtifactError(f"the weights do not fit the model ({len(problems)} problems)", where=where,
-                            problems=problems, remedy="Name the model these weights belong to; a differing head or "
-                            "image size is set as an argument, for example timm:NAME@FILE?num_classes=10.")
+        raise ArtifactError(
+            f"the weights do not fit the model ({len(problems)} problems)",
+            where=where,
+            problems=problems,
+            remedy="Name the model these weights belong to; a differing head or "
+            "image size is set as an argument, for example timm:NAME@FILE?num_classes=10.",
+        )
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -95,8 +122,11 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         where,
         missing=own.keys() - tensors.keys(),
         unexpected=tensors.keys() - own.keys(),
-        misshapen=[(name, tuple(tensors[name].shape), tuple(own[name].shape))
-                   for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
+        misshapen=[
+            (name, tuple(tensors[name].shape), tuple(own[name].shape))
+            for name in own.keys() & tensors.keys()
+            if tensors[name].shape != own[name].shape
+        ],
     )
     model.load_state_dict(dict(tensors), strict=True)
 
@@ -114,5 +144,9 @@ def check_finite(model: nn.Module, where: str) -> None:
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
             problems.append(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
     if problems:
-        raise ArtifactError("weights are not finite", where=where, problems=problems,
-                            remedy="Scores of such a model mean nothing; use a checkpoint from before it diverged.")
+        raise ArtifactError(
+            "weights are not finite",
+            where=where,
+            problems=problems,
+            remedy="Scores of such a model mean nothing; use a checkpoint from before it diverged.",
+        )

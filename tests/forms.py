@@ -58,9 +58,18 @@ def random_path(model: nn.Module, signature: Signature, seed: int = 0, **more: A
     inputs = signature.random_inputs({**SIZES, "batch": 1}, seed=seed)
     generator = np.random.default_rng(seed)
     costs = CostModel.measure(model, sites, signature, inputs)
-    importance = {unit_key(s.name, k): generator.random(s.counts[k]) * costs.unit_params(s, k) for s, k in groups(sites)}
-    return SolutionPath.from_importance(importance, model="tiny", weights_sha256=weights_sha256(model), sites=sites,
-                                        costs=costs, method="random", **more)
+    importance = {
+        unit_key(s.name, k): generator.random(s.counts[k]) * costs.unit_params(s, k) for s, k in groups(sites)
+    }
+    return SolutionPath.from_importance(
+        importance,
+        model="tiny",
+        weights_sha256=weights_sha256(model),
+        sites=sites,
+        costs=costs,
+        method="random",
+        **more,
+    )
 
 
 def output(model: nn.Module, signature: Signature, *, seed: int = 3, padding: bool = True) -> Tensor:

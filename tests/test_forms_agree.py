@@ -105,7 +105,7 @@ def poison(model, site, kind, units):
 
 
 def test_a_plan_that_keeps_everything_gives_the_same_weights(family):
-    signature, model = family
+    _, model = family
     plan = dense_plan("tiny", weights_sha256(model), find_sites(model))
     small = compact(model, plan)
     assert small is not model

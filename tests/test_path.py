@@ -123,8 +123,9 @@ def test_an_unknown_allocation_is_named(tiny_bert):
 def test_importance_that_is_not_finite_is_refused(path):
     importance = {key: np.full(len(v), np.nan) for key, v in path.scores.items()}
     with pytest.raises(UsageError, match="not finite"):
-        SolutionPath.from_importance(importance, model="x", weights_sha256="0" * 64, sites=path.sites,
-                                     costs=path.costs, method="broken")
+        SolutionPath.from_importance(
+            importance, model="x", weights_sha256="0" * 64, sites=path.sites, costs=path.costs, method="broken"
+        )
 
 
 def test_a_path_survives_a_round_trip_byte_for_byte(tmp_path, path):

@@ -56,6 +56,13 @@ def test_unknown_options_of_task_and_method_are_reported() -> None:
     assert "search.options.step: unknown key. Did you mean 'steps'?" in text
 
 
+def test_options_of_another_method_come_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match=r"--set search\.options=\{\}") as caught:
+        check_names(load_recipe("digits", ["search.method=magnitude"]))
+    assert caught.value.problems == ("search.options.steps: unknown key. (it takes none)",)
+    check_names(load_recipe("digits", ["search.method=magnitude", "search.options={}"]))
+
+
 def test_the_demo_can_run_and_says_that_it_runs_python_code(tmp_path: Path) -> None:
     outlook = dry_run(load_recipe("digits"), tmp_path / "out")
     assert outlook.missing == [] and outlook.fetch == []

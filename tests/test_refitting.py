@@ -42,7 +42,10 @@ def moments_of(x: torch.Tensor) -> SiteMoments:
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_closed_form_is_least_squares(centred):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 7, generator=generator, dtype=torch.float64) @ torch.randn(7, 7, generator=generator).double() + 2
+    x = (
+        torch.randn(500, 7, generator=generator, dtype=torch.float64) @ torch.randn(7, 7, generator=generator).double()
+        + 2
+    )
     weight = torch.randn(3, 7, generator=generator)
     kept = torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool()
     found, shift = refit_output(moments_of(x), weight, kept, ridge=1e-14, centred=centred)

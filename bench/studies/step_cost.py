@@ -38,9 +38,11 @@ def main(models: tuple[str, ...], steps: int, precision: str, out: Path | None) 
 
     rows = [measure(name, steps, precision) for name in models]
     for row in rows:
-        click.echo(f"{row['model']:12} plain {row['plain_ms']:8.1f} ms   spp {row['spp_ms']:8.1f} ms   "
-                   f"ratio {row['ratio']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]   "
-                   f"gate state {row['state_bytes'] / 1e6:.2f} MB, weights {row['weight_bytes'] / 1e6:.1f} MB")
+        click.echo(
+            f"{row['model']:12} plain {row['plain_ms']:8.1f} ms   spp {row['spp_ms']:8.1f} ms   "
+            f"ratio {row['ratio']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]   "
+            f"gate state {row['state_bytes'] / 1e6:.2f} MB, weights {row['weight_bytes'] / 1e6:.1f} MB"
+        )
     if out:
         write_json(out, {"rows": rows, "environment": environment()})
 
@@ -73,10 +75,19 @@ def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
             if round_ >= 3:  # the first rounds fill caches
                 times[str(kind)].append(1e3 * (time.perf_counter() - start))
     ratio = ratio_of_medians(np.array([times["spp"]]), np.array([times["plain"]]), seed=0)
-    return {"model": name, "precision": precision, "batch": task.batch, "steps": steps,
-            "plain_ms": float(np.median(times["plain"])), "spp_ms": float(np.median(times["spp"])),
-            "ratio": ratio.value, "interval": [ratio.low, ratio.high], "raw_ms": times,
-            "state_bytes": search.lbi.state_bytes(), "weight_bytes": sum(4 * p.numel() for p in model.parameters())}
+    return {
+        "model": name,
+        "precision": precision,
+        "batch": task.batch,
+        "steps": steps,
+        "plain_ms": float(np.median(times["plain"])),
+        "spp_ms": float(np.median(times["spp"])),
+        "ratio": ratio.value,
+        "interval": [ratio.low, ratio.high],
+        "raw_ms": times,
+        "state_bytes": search.lbi.state_bytes(),
+        "weight_bytes": sum(4 * p.numel() for p in model.parameters()),
+    }
 
 
 def _plain_step(context: Context, first: Site, batch: Batch, objective: str, reference: Tensor | None) -> None:
@@ -136,8 +147,10 @@ class RandomTask:
 def _build(name: str) -> tuple[nn.Module, RandomTask]:
     from deploy_prune.signature import Signature, TensorSpec
 
-    ids, mask = (TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=30000),
-                 TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"))
+    ids, mask = (
+        TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=30000),
+        TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"),
+    )
 
     def text(output: tuple[str | int, ...]) -> Signature:
         return Signature((ids, mask), TensorSpec("logits", "float32", output), lambda model, x: model(**x).logits)
@@ -148,16 +161,26 @@ def _build(name: str) -> tuple[nn.Module, RandomTask]:
         pixels = TensorSpec("pixel_values", "float32", ("batch", 3, 224, 224))
         logits = TensorSpec("logits", "float32", ("batch", 1000))
         signature = Signature((pixels,), logits, lambda model, x: model(x["pixel_values"]))
-        return (timm.create_model("vit_tiny_patch16_224").eval(),
-                RandomTask("image-classification", signature, 16, 0, 1000))
+        return (
+            timm.create_model("vit_tiny_patch16_224").eval(),
+            RandomTask("image-classification", signature, 16, 0, 1000),
+        )
     import transformers
 
     if name == "distilbert":
         config = transformers.DistilBertConfig(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, num_labels=2)
         model = transformers.DistilBertForSequenceClassification(config).eval()
         return model, RandomTask("text-classification", text(("batch", 2)), 32, 64, 2)
-    shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, use_cache=False)
+    shape = dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
     return model, RandomTask("causal-lm", text(("batch", "sequence", 49152)), 4, 256, 49152)
 

@@ -24,8 +24,11 @@ def adapter_for(model: nn.Module) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.matches(model):
             return adapter
-    sublayers = [f"{name}: {type(module).__name__}" for name, module in model.named_modules()
-                 if name and any(word in type(module).__name__.lower() for word in _LOOKS_LIKE_A_SITE)]
+    sublayers = [
+        f"{name}: {type(module).__name__}"
+        for name, module in model.named_modules()
+        if name and any(word in type(module).__name__.lower() for word in _LOOKS_LIKE_A_SITE)
+    ]
     raise UnsupportedModelError(
         f"no adapter understands {type(model).__name__}",
         expected="one of the families " + ", ".join(a.name for a in ADAPTERS),

@@ -47,8 +47,16 @@ def attention_site(
         Slice(value, "out", head_dim),
         Slice(out, "in", wide),
     )
-    return Site(name, SiteKind.ATTENTION, {UnitKind.HEAD: kv_heads}, {UnitKind.HEAD: head}, out,
-                heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return Site(
+        name,
+        SiteKind.ATTENTION,
+        {UnitKind.HEAD: kv_heads},
+        {UnitKind.HEAD: head},
+        out,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
 
 
 def feed_forward_site(name: str, *, neurons: int, out: str, inputs: tuple[str, ...]) -> Site:

@@ -29,15 +29,31 @@ class HfBert(Adapter):
                 continue
             attention = layer.attention.self
             if type(attention) is not BertSelfAttention or hasattr(layer, "crossattention"):
-                problems.append(f"{name}: {type(attention).__name__} with or without cross-attention, "
-                                "expected plain BertSelfAttention")
+                problems.append(
+                    f"{name}: {type(attention).__name__} with or without cross-attention, "
+                    "expected plain BertSelfAttention"
+                )
                 continue
             own = f"{name}.attention"
-            sites.append(attention_site(
-                own, heads=attention.num_attention_heads, head_dim=attention.attention_head_size,
-                query=f"{own}.self.query", key=f"{own}.self.key", value=f"{own}.self.value", out=f"{own}.output.dense"))
-            sites.append(feed_forward_site(f"{name}.intermediate", neurons=layer.intermediate.dense.out_features,
-                                           out=f"{name}.output.dense", inputs=(f"{name}.intermediate.dense",)))
+            sites.append(
+                attention_site(
+                    own,
+                    heads=attention.num_attention_heads,
+                    head_dim=attention.attention_head_size,
+                    query=f"{own}.self.query",
+                    key=f"{own}.self.key",
+                    value=f"{own}.self.value",
+                    out=f"{own}.output.dense",
+                )
+            )
+            sites.append(
+                feed_forward_site(
+                    f"{name}.intermediate",
+                    neurons=layer.intermediate.dense.out_features,
+                    out=f"{name}.output.dense",
+                    inputs=(f"{name}.intermediate.dense",),
+                )
+            )
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:

@@ -32,11 +32,25 @@ class HfDistilBert(Adapter):
                 problems.append(f"{name}.attention: {type(attention).__name__}, expected DistilBertSelfAttention")
                 continue
             own = f"{name}.attention"
-            sites.append(attention_site(
-                own, heads=attention.n_heads, head_dim=attention.attention_head_size,
-                query=f"{own}.q_lin", key=f"{own}.k_lin", value=f"{own}.v_lin", out=f"{own}.out_lin"))
-            sites.append(feed_forward_site(f"{name}.ffn", neurons=layer.ffn.lin1.out_features,
-                                           out=f"{name}.ffn.lin2", inputs=(f"{name}.ffn.lin1",)))
+            sites.append(
+                attention_site(
+                    own,
+                    heads=attention.n_heads,
+                    head_dim=attention.attention_head_size,
+                    query=f"{own}.q_lin",
+                    key=f"{own}.k_lin",
+                    value=f"{own}.v_lin",
+                    out=f"{own}.out_lin",
+                )
+            )
+            sites.append(
+                feed_forward_site(
+                    f"{name}.ffn",
+                    neurons=layer.ffn.lin1.out_features,
+                    out=f"{name}.ffn.lin2",
+                    inputs=(f"{name}.ffn.lin1",),
+                )
+            )
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:

@@ -32,16 +32,30 @@ class HfLlama(Adapter):
                 problems.append(f"{name}.self_attn: {type(attention).__name__}, expected LlamaAttention")
             else:
                 own = f"{name}.self_attn"
-                sites.append(attention_site(
-                    own, heads=attention.q_proj.out_features // attention.head_dim,
-                    kv_heads=attention.k_proj.out_features // attention.head_dim, head_dim=attention.head_dim,
-                    query=f"{own}.q_proj", key=f"{own}.k_proj", value=f"{own}.v_proj", out=f"{own}.o_proj"))
+                sites.append(
+                    attention_site(
+                        own,
+                        heads=attention.q_proj.out_features // attention.head_dim,
+                        kv_heads=attention.k_proj.out_features // attention.head_dim,
+                        head_dim=attention.head_dim,
+                        query=f"{own}.q_proj",
+                        key=f"{own}.k_proj",
+                        value=f"{own}.v_proj",
+                        out=f"{own}.o_proj",
+                    )
+                )
             if type(mlp) is not LlamaMLP:
                 problems.append(f"{name}.mlp: {type(mlp).__name__}, expected LlamaMLP")
             else:
                 own = f"{name}.mlp"
-                sites.append(feed_forward_site(own, neurons=mlp.down_proj.in_features, out=f"{own}.down_proj",
-                                               inputs=(f"{own}.gate_proj", f"{own}.up_proj")))
+                sites.append(
+                    feed_forward_site(
+                        own,
+                        neurons=mlp.down_proj.in_features,
+                        out=f"{own}.down_proj",
+                        inputs=(f"{own}.gate_proj", f"{own}.up_proj"),
+                    )
+                )
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:

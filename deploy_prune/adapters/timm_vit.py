@@ -43,8 +43,9 @@ class TimmViT(Adapter):
             elif not isinstance(mlp.norm, nn.Identity):
                 problems.append(f"{name}: a norm over the hidden neurons")
             else:
-                sites.append(feed_forward_site(name, neurons=mlp.fc1.out_features, out=f"{name}.fc2",
-                                               inputs=(f"{name}.fc1",)))
+                sites.append(
+                    feed_forward_site(name, neurons=mlp.fc1.out_features, out=f"{name}.fc2", inputs=(f"{name}.fc1",))
+                )
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: dict[UnitKind, int]) -> None:
@@ -57,5 +58,13 @@ class TimmViT(Adapter):
 def fused_attention_site(name: str, heads: int, head_dim: int) -> Site:
     """An attention site whose query, key and value are three equal parts of one layer `qkv`."""
     head = (Slice(f"{name}.qkv", "out", head_dim, parts=3), Slice(f"{name}.proj", "in", head_dim))
-    return Site(name, SiteKind.ATTENTION, {UnitKind.HEAD: heads}, {UnitKind.HEAD: head}, f"{name}.proj",
-                heads=heads, kv_heads=heads, head_dim=head_dim)
+    return Site(
+        name,
+        SiteKind.ATTENTION,
+        {UnitKind.HEAD: heads},
+        {UnitKind.HEAD: head},
+        f"{name}.proj",
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+    )

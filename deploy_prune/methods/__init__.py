@@ -54,9 +54,20 @@ def check_options(method: Method, options: dict[str, Any]) -> Any:
         raise UsageError(f"{len(problems)} bad option(s) for method {method.name}", problems=problems) from error
 
 
-def search(model: nn.Module, task: Task, method: str = "spp", *, allocation: Allocation | None = None,
-           examples: int | None = None, batch_size: int = 16, precision: Precision = "bf16", seed: int = 0,
-           model_name: str | None = None, progress: Progress | None = None, **options: Any) -> SolutionPath:
+def search(
+    model: nn.Module,
+    task: Task,
+    method: str = "spp",
+    *,
+    allocation: Allocation | None = None,
+    examples: int | None = None,
+    batch_size: int = 16,
+    precision: Precision = "bf16",
+    seed: int = 0,
+    model_name: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SolutionPath:
     """Judge every unit of `model` on the task's calibration data and return the path on which they leave.
 
     The weights are frozen and unchanged afterwards. `examples` bounds the calibration subset (default: all).
@@ -78,8 +89,17 @@ def search(model: nn.Module, task: Task, method: str = "spp", *, allocation: All
     model.eval().requires_grad_(False)
     try:
         costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
-        context = Context(model, sites, costs, task, examples or task.calibration_size, batch_size, precision, seed,
-                          progress or SILENT)
+        context = Context(
+            model,
+            sites,
+            costs,
+            task,
+            examples or task.calibration_size,
+            batch_size,
+            precision,
+            seed,
+            progress or SILENT,
+        )
         torch.manual_seed(seed)
         importance = entry.run(context, parsed)
     finally:
@@ -88,10 +108,19 @@ def search(model: nn.Module, task: Task, method: str = "spp", *, allocation: All
             parameter.requires_grad_(flag)
     return SolutionPath.from_importance(
         {key: value.detach().cpu().double().numpy() for key, value in importance.items()},
-        allocation=allocation or entry.allocation, model=model_name or _name(model), weights_sha256=hash_before,
-        sites=sites, costs=costs, method=method,
-        options={"examples": context.examples, "batch_size": batch_size, "precision": precision, "seed": seed,
-                 **parsed.model_dump()},
+        allocation=allocation or entry.allocation,
+        model=model_name or _name(model),
+        weights_sha256=hash_before,
+        sites=sites,
+        costs=costs,
+        method=method,
+        options={
+            "examples": context.examples,
+            "batch_size": batch_size,
+            "precision": precision,
+            "seed": seed,
+            **parsed.model_dump(),
+        },
     )
 
 

@@ -30,16 +30,22 @@ class SppOptions(Options):
     """Options of SPP. The defaults were chosen on held-out calibration images of ViT-Tiny (bench/notes.md)."""
 
     steps: int = Field(80, ge=10, description="most gradient steps; the search ends when every unit has entered")
-    rate: float = Field(0.015, gt=0, description="step of the gates")
+    travel: float = Field(
+        0.7, gt=0, le=1, description="how far a gate that no gradient holds has closed when the first may enter"
+    )
     pressure: float = Field(8.0, gt=0, description="1/ν in units of the mean absolute gradient per parameter")
     nu: float | None = Field(None, gt=0, description="fixed ν; unset: it follows the gradients, by pressure")
     entry_share: float = Field(
-        0.6, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps")
+        0.6, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps"
+    )
     kappa: float = Field(10.0, gt=0, description="κ, the gain from V to Γ")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
-    objective: Objective | None = Field(None, description="distance to the dense outputs, or the task's own loss; "
-                                        "unset: distill, but task for causal-lm, whose outputs are too large to keep")
+    objective: Objective | None = Field(
+        None,
+        description="distance to the dense outputs, or the task's own loss; "
+        "unset: distill, but task for causal-lm, whose outputs are too large to keep",
+    )
 
 
 @dataclass
@@ -50,8 +56,8 @@ class SplitLBI:
         M ← M − κα ∇_M L̄,    V ← V + (α/ν)(M − Γ),    Γ ← κ · sign(V) · max(|V| − 1, 0)
 
     `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more may
-    be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square as in the paper's released code, so that `step_m`
-    suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1, interpolated within its step;
+    be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square, as in the paper's released
+    code, so that `step_m` suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1, interpolated within its step;
     infinity where it has not.
     """
 
@@ -116,10 +122,15 @@ class SppSearch:
         self.references: list[Tensor] = []
         means, self.dense_loss = self._look()
         self.means = means if options.deviation else None
+        first_entry = options.entry_share * options.steps  # in steps, of a gate that stays at 1
         gates = open_gates(context.sites, device=context.device)
-        self.lbi = SplitLBI({key: gate.requires_grad_(True) for key, gate in gates.items()}, step_m=options.rate,
-                            step_v=1 / (options.entry_share * options.steps), kappa=options.kappa,
-                            adaptive=options.adaptive)
+        self.lbi = SplitLBI(
+            {key: gate.requires_grad_(True) for key, gate in gates.items()},
+            step_m=options.travel / first_entry,
+            step_v=1 / first_entry,
+            kappa=options.kappa,
+            adaptive=options.adaptive,
+        )
         params = {unit_key(s.name, k): float(context.costs.unit_params(s, k)) for s, k in groups(context.sites)}
         self.cost = {key: p / min(params.values()) for key, p in params.items()}
         self.inverse_nu = 0.0 if options.nu is None else 1 / options.nu

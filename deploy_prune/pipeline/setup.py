@@ -81,6 +81,7 @@ def check_names(recipe: Recipe) -> None:
     from deploy_prune.tasks import TASKS
 
     problems = []
+    remedy = None
     if recipe.task.name not in TASKS:
         problems.append(f"task.name: unknown task {recipe.task.name!r}. {did_you_mean(recipe.task.name, list(TASKS))}")
     else:
@@ -101,6 +102,10 @@ def check_names(recipe: Recipe) -> None:
             options.model_validate(recipe.search.options)
         except ValidationError as error:
             problems += [f"search.options.{problem}" for problem in explain(error, options)]
+            remedy = (
+                f"Options belong to one method. To run {recipe.search.method} with its own defaults: "
+                "--set search.options={}"
+            )
     for index, runtime in enumerate(recipe.bench.runtimes):
         if runtime not in RUNTIMES:
             problems.append(
@@ -108,7 +113,7 @@ def check_names(recipe: Recipe) -> None:
             )
     if problems:
         noun = "unknown name" if len(problems) == 1 else "unknown names"
-        raise UsageError(f"{len(problems)} {noun}", where=f"recipe {recipe.name}", problems=problems)
+        raise UsageError(f"{len(problems)} {noun}", where=f"recipe {recipe.name}", problems=problems, remedy=remedy)
 
 
 def _task_options(name: str) -> list[str]:

@@ -23,6 +23,7 @@ from deploy_prune.release.manifest import Manifest
 QUICK = (
     "model=python:deploy_prune.demo:digits_vit?epochs=2",
     "search.method=magnitude",
+    "search.options={}",
     "refit.examples=200",
     "quality.limit=100",
     "bench.enabled=false",

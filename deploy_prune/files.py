@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,16 +19,20 @@ TEMPORARY = ".partial-"  # a killed writer leaves at most names that start so; n
 _CHUNK = 1 << 20
 
 
-def _is_write_failure(path: Path, error: OSError) -> bool:
-    """Whether `error` is about writing `path`, not about something else the block did, such as reading its input."""
+def _write_failure(path: Path, error: Exception) -> OSError | None:
+    """`error` as the failure to write `path` that it is; None when the block failed for another reason, such as reading
+    its input. Libraries written in Rust (safetensors) wrap the operating system's error in their own type."""
     import errno
 
+    if not isinstance(error, OSError):
+        wrapped = re.search(r"\(os error (\d+)\)$", str(error))
+        if wrapped is None:
+            return None
+        error = OSError(int(wrapped[1]), os.strerror(int(wrapped[1])))
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
-        return True
-    names = [
-        Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))
-    ]
-    return any(path.parent.absolute() in (name, *name.parents) for name in names)
+        return error
+    names = [Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    return error if any(path.parent.absolute() in (name, *name.parents) for name in names) else None
 
 
 def _write_failed(path: Path, error: OSError) -> UnavailableError:
@@ -64,10 +69,11 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        if not _is_write_failure(path, error):
+    except Exception as error:
+        failure = _write_failure(path, error)
+        if failure is None:
             raise
-        raise _write_failed(path, error) from error
+        raise _write_failed(path, failure) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -95,10 +101,11 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         else:
             os.rename(temporary, path)
         temporary = None
-    except OSError as error:
-        if not _is_write_failure(path, error):
+    except Exception as error:
+        failure = _write_failure(path, error)
+        if failure is None:
             raise
-        raise _write_failed(path, error) from error
+        raise _write_failed(path, failure) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -183,6 +183,14 @@ def test_a_full_disk_says_so_exits_3_and_leaves_no_half_stage(
         assert make(workspace, "path", {}) is True
 
 
+def test_a_full_disk_is_recognised_in_the_words_of_a_rust_library(tmp_path: Path) -> None:
+    def write(directory: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UnavailableError, match="no space left"), opened(tmp_path / "out") as workspace:
+        workspace.stage("path", {}, write)
+
+
 def test_a_stage_that_cannot_read_its_input_does_not_complain_of_writing(tmp_path: Path) -> None:
     def read(directory: Path) -> None:
         (tmp_path / "elsewhere" / "data.csv").read_text()

@@ -16,8 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from deploy_prune.activations import watching
+from deploy_prune.errors import DataError
 from deploy_prune.gates import gated, open_gates
 from deploy_prune.methods.base import Context, Importance, Options
+from deploy_prune.methods.statistics import gate_statistics
 from deploy_prune.tasks.base import Batch
 from deploy_prune.units import groups, unit_key
 
@@ -29,16 +31,20 @@ FLOOR = 1e-5  # of 1/ν; losses are in nats per example, where useful couplings 
 class SppOptions(Options):
     """Options of SPP. The defaults were chosen on held-out calibration images of ViT-Tiny (bench/notes.md)."""
 
-    steps: int = Field(80, ge=10, description="most gradient steps; the search ends when every unit has entered")
+    steps: int = Field(60, ge=10, description="most gradient steps; the search ends when every unit has entered")
     travel: float = Field(
-        0.7, gt=0, le=1, description="how far a gate that no gradient holds has closed when the first may enter"
+        0.4, gt=0, le=1, description="how far a gate that no gradient holds has closed when the first may enter"
     )
     pressure: float = Field(8.0, gt=0, description="1/ν in units of the mean absolute gradient per parameter")
     nu: float | None = Field(None, gt=0, description="fixed ν; unset: it follows the gradients, by pressure")
     entry_share: float = Field(
-        0.6, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps"
+        0.5, gt=0, lt=1, description="a gate that stays at 1 enters after this share of the steps"
     )
     kappa: float = Field(10.0, gt=0, description="κ, the gain from V to Γ")
+    curvature: float = Field(
+        4.0, ge=0, description="weight of the Fisher quadratic in the loss; 0 is the paper's loss, and needs no labels"
+    )
+    curvature_examples: int = Field(256, ge=1, description="calibration examples for the Fisher quadratic")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
     objective: Objective | None = Field(
@@ -57,8 +63,8 @@ class SplitLBI:
 
     `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more may
     be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square, as in the paper's released
-    code, so that `step_m` suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1, interpolated within its step;
-    infinity where it has not.
+    code, so that `step_m` suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1,
+    interpolated within its step; infinity where it has not.
     """
 
     M: dict[str, Tensor]
@@ -111,8 +117,13 @@ class SplitLBI:
 class SppSearch:
     """The search as a loop a caller may drive: set up from a context, `step` over its batches, then `importance`.
 
-    Setting up costs one forward pass over the calibration subset: it gives the mean activations, the objective of the
-    dense model and, to distil, its outputs. Those and the batches stay in memory; no state is held for any weight.
+    The loss is L(M) = objective(M) + (c/2) Σ_u F_u (1 − M_u)². The objective's gradient on a batch holds what units do
+    together, but averages over examples in which a unit matters and others where it harms; F, the diagonal Fisher
+    information of the gates, does not. c = `curvature`; what each part is worth is in bench/notes.md.
+
+    Setting up costs one forward pass over the calibration subset, for the mean activations, the objective of the dense
+    model and, to distil, its outputs, and a backward pass over some of it for F. The batches stay in memory; no state
+    is held for any weight.
     """
 
     def __init__(self, context: Context, options: SppOptions) -> None:
@@ -121,6 +132,7 @@ class SppSearch:
         self.batches: list[Batch] = []
         self.references: list[Tensor] = []
         means, self.dense_loss = self._look()
+        self.fisher = self._fisher() if options.curvature else None
         self.means = means if options.deviation else None
         first_entry = options.entry_share * options.steps  # in steps, of a gate that stays at 1
         gates = open_gates(context.sites, device=context.device)
@@ -144,6 +156,9 @@ class SppSearch:
         rise = float(loss.detach()) - self.dense_loss
         if self.options.nu is None:
             self._steer(gradients)
+        if self.fisher is not None:
+            for key, F in self.fisher.items():
+                gradients[key] = gradients[key] - self.options.curvature * F * (1 - self.lbi.M[key].detach())
         self.lbi.step(gradients, {key: self.inverse_nu * cost for key, cost in self.cost.items()})
         return rise
 
@@ -188,6 +203,17 @@ class SppSearch:
         price = total / sum(self.cost[key] * len(g) for key, g in gradients.items())
         self.price = price if not self.price else BETA1 * self.price + (1 - BETA1) * price
         self.inverse_nu = max(self.options.pressure * self.price, FLOOR)
+
+    def _fisher(self) -> dict[str, Tensor]:
+        """F, the mean over examples of (∂ℓ/∂m)², by unit key. Raises DataError for unlabeled calibration data."""
+        if self.batches[0].target is None:
+            raise DataError(
+                "spp's curvature needs labeled calibration data",
+                where=self.context.task.name,
+                remedy="Set the option curvature to 0 (search.options.curvature=0), or give labels.",
+            )
+        statistics = gate_statistics(self.context, "spp: curvature", self.options.curvature_examples)
+        return {key: (c / statistics.examples).float() for key, c in statistics.curvature.items()}
 
     @torch.no_grad()
     def _look(self) -> tuple[dict[str, Tensor], float]:

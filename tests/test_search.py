@@ -1,0 +1,112 @@
+"""Every search gives a whole, repeatable path, leaves the model alone, and sees what is plainly useless."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from deploy_prune.architecture import weights_sha256
+from deploy_prune.demo import digits_vit, digits_vit_untrained
+from deploy_prune.errors import UsageError
+from deploy_prune.methods import METHODS, search
+from deploy_prune.tasks import load_task
+from deploy_prune.units import UnitKind, groups, unit_key
+
+FAST = {"spp": {"steps": 40}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return digits_vit_untrained()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return digits_vit(epochs=3)
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return load_task(
+        "image-classification",
+        model=model,
+        model_ref="python:deploy_prune.demo:digits_vit_untrained",
+        calibration="digits:train",
+        evaluation="digits:test",
+    )
+
+
+def find(model, task, method, **more):
+    options = {"examples": 96, "batch_size": 16, "precision": "fp32", **FAST.get(method, {}), **more}
+    return search(model, task, method, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_is_repeatable_whole_and_leaves_the_model_alone(model, task, method):
+    before, flags = weights_sha256(model), [p.requires_grad for p in model.parameters()]
+    path = find(model, task, method)
+    assert weights_sha256(model) == before == path.weights_sha256
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not model.training
+    assert {unit_key(s.name, k): (s.counts[k],) for s, k in groups(path.sites)} == {
+        k: v.shape for k, v in path.scores.items()
+    }
+    again = find(model, task, method)
+    for key, scores in path.scores.items():
+        assert np.array_equal(scores, again.scores[key]), key
+    assert path.method == method and path.options["seed"] == 0
+
+
+@pytest.mark.parametrize("method", ["spp", "fisher", "taylor", "magnitude"])
+def test_units_that_do_nothing_leave_first(trained, task, method):
+    """Exactly so for the scores. SPP may let a unit that harms go before one that does nothing, but few."""
+    model = copy.deepcopy(trained)
+    dead = {}
+    for index, block in enumerate(model.blocks):
+        units = list(range(index, block.mlp.fc1.out_features, 4))
+        with torch.no_grad():
+            block.mlp.fc1.weight[units], block.mlp.fc1.bias[units] = 0, 0
+            block.mlp.fc2.weight[:, units] = 0
+        dead[f"blocks.{index}.mlp"] = set(units)
+    path = find(model, task, method)
+    removed = sum(map(len, dead.values()))
+    total = sum(s.counts.get(UnitKind.NEURON, 0) for s in path.sites)
+    plan = path.plan((removed - 0.5) / total, kinds=["neuron"])
+    kept = {s.name: set(plan.kept(s, UnitKind.NEURON)) for s in path.sites if UnitKind.NEURON in s.counts}
+    wrong = sum(len(units & kept[name]) for name, units in dead.items())
+    assert wrong <= (0.1 * removed if method == "spp" else 0)
+
+
+def test_methods_disagree_about_the_order(model, task):
+    orders = [np.argsort(np.concatenate(list(find(model, task, m).scores.values()))).tobytes() for m in METHODS]
+    assert len(set(orders)) == len(METHODS)
+
+
+def test_the_seed_matters_to_random(model, task):
+    first, second = find(model, task, "random"), find(model, task, "random", seed=1)
+    assert any(not np.array_equal(v, second.scores[k]) for k, v in first.scores.items())
+
+
+@pytest.mark.parametrize("objective", ["distill", "task"])
+def test_both_objectives_of_spp_enter_every_unit(model, task, objective):
+    path = find(model, task, "spp", objective=objective)
+    assert path.options["objective"] == objective
+    assert path.plan(0.5).achieved.sparsity >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ssp", {}, "Did you mean 'spp'"),
+        ("spp", {"step": 3}, "Did you mean 'steps'"),
+        ("spp", {"steps": 1, "pressure": -1.0}, "2 bad option"),
+        ("fisher", {"steps": 3}, "steps: Extra inputs"),
+    ],
+)
+def test_an_unknown_method_or_option_is_named(model, task, method, options, message):
+    with pytest.raises(UsageError, match=message):
+        search(model, task, method, **options)

@@ -14,8 +14,22 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "deploy-prune", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "timm", "transformers", "safetensors",
-    "tokenizers", "onnxscript", "datasets", "scikit-learn", "pydantic", "click", "rich",
+    "deploy-prune",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "timm",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "onnxscript",
+    "datasets",
+    "scikit-learn",
+    "pydantic",
+    "click",
+    "rich",
 )
 _SYS = Path("/sys/devices/system/cpu")
 
@@ -42,8 +56,10 @@ def cores() -> Cores:
     except AttributeError:  # only Linux has it
         count = os.cpu_count() or 1
         return Cores(count, count)
-    places = {(_number(_SYS / f"cpu{cpu}/topology/physical_package_id", 0),
-               _number(_SYS / f"cpu{cpu}/topology/core_id", cpu)) for cpu in allowed}
+    places = {
+        (_number(_SYS / f"cpu{cpu}/topology/physical_package_id", 0), _number(_SYS / f"cpu{cpu}/topology/core_id", cpu))
+        for cpu in allowed
+    }
     return Cores(len(allowed), len(places), _quota())
 
 
@@ -106,8 +122,13 @@ def environment() -> dict[str, Any]:
     core = cores()
     memory = memory_bytes()
     return {
-        "cpu": {"model": cpu_model(), "logical": core.logical, "physical": core.physical, "quota": core.quota,
-                "usable": core.usable},
+        "cpu": {
+            "model": cpu_model(),
+            "logical": core.logical,
+            "physical": core.physical,
+            "quota": core.quota,
+            "usable": core.usable,
+        },
         "gpus": [{"name": gpu.name, "driver": gpu.driver, "memory_mib": gpu.memory_mib} for gpu in gpus()],
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "memory_gib": round(memory[0] / 2**30, 1) if memory else None,

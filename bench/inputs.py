@@ -54,8 +54,9 @@ def graph_inputs(path: Path | str) -> tuple[GraphInput, ...]:
     weights = {tensor.name for tensor in graph.initializer}
     inputs = tuple(_graph_input(value, graph) for value in graph.input if value.name not in weights)
     if not graph.node or not inputs:
-        raise ArtifactError("not an ONNX model that takes inputs", where=str(path),
-                            got=f"{len(graph.node)} nodes, {len(inputs)} inputs")
+        raise ArtifactError(
+            "not an ONNX model that takes inputs", where=str(path), got=f"{len(graph.node)} nodes, {len(inputs)} inputs"
+        )
     return inputs
 
 
@@ -83,8 +84,11 @@ def make_inputs(
     sizes: dict[str, int | None] = {"batch": batch, "sequence": sequence}
     shapes = {i.name: _shape(i, sizes, problems) for i in inputs}
     if problems:
-        raise UsageError("the model cannot be run at the asked sizes", problems=sorted(set(problems)),
-                         expected="; ".join(f"{i.name} {i.dtype}{_written(i.shape)}" for i in inputs))
+        raise UsageError(
+            "the model cannot be run at the asked sizes",
+            problems=sorted(set(problems)),
+            expected="; ".join(f"{i.name} {i.dtype}{_written(i.shape)}" for i in inputs),
+        )
     generator = np.random.default_rng(seed)
     return {i.name: _values(i, shapes[i.name], generator) for i in inputs}
 
@@ -99,8 +103,10 @@ def _shape(spec: GraphInput, sizes: Mapping[str, int | None], problems: list[str
                 problems.append(f"{spec.name} has a fixed batch of {size}, asked is {asked}")
             shape.append(size)
         elif role is None:
-            problems.append(f"{spec.name}: cannot tell what dimension {axis} ({size or 'unnamed'}) counts; export the "
-                            "model with that dimension fixed")
+            problems.append(
+                f"{spec.name}: cannot tell what dimension {axis} ({size or 'unnamed'}) counts; export the "
+                "model with that dimension fixed"
+            )
         elif sizes[role] is None:
             problems.append(f"{spec.name}: dimension {axis} needs a {role} size")
         else:
@@ -129,8 +135,12 @@ def _graph_input(value: onnx.ValueInfoProto, graph: onnx.GraphProto) -> GraphInp
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else "unknown"
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
     if dtype not in ("float16", "float32", "float64", "int32", "int64", "bool"):
-        raise UsageError("cannot make up values of this type", where=f"input {value.name}", got=dtype,
-                         expected="float16, float32, float64, int32, int64 or bool")
+        raise UsageError(
+            "cannot make up values of this type",
+            where=f"input {value.name}",
+            got=dtype,
+            expected="float16, float32, float64, int32, int64 or bool",
+        )
     return GraphInput(value.name, dtype, shape, _table_rows(value.name, graph) if dtype.startswith("int") else 0)
 
 

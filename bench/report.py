@@ -60,9 +60,14 @@ class LatencyReport:
         rounds, _, calls = self.samples.ns.shape
         first = self.samples.runtime.get(self.samples.names[0], {})
         return {
-            "runtime": first.get("runtime"), "device": first.get("device"), "baseline": self.samples.names[0],
-            **self.samples.sizes, "rounds": rounds, "calls_per_round": calls,
-            "sessions_per_model": self.samples.sessions, "seed": self.samples.seed,
+            "runtime": first.get("runtime"),
+            "device": first.get("device"),
+            "baseline": self.samples.names[0],
+            **self.samples.sizes,
+            "rounds": rounds,
+            "calls_per_round": calls,
+            "sessions_per_model": self.samples.sessions,
+            "seed": self.samples.seed,
             "self_check": {"result": "passed" if self.trusted else "failed", **asdict(self.self_check)},
             "latencies": [latency.to_json() for latency in self.latencies],
             "sessions": {name: dict(facts) for name, facts in self.samples.runtime.items()},
@@ -88,6 +93,17 @@ def summarise(samples: Samples) -> LatencyReport:
         p50, p90, p99 = (ns / 1e6 for ns in percentiles(timings))
         mean = float(timings.mean()) / 1e6
         stable = bool(samples.warm_up.get(name, {}).get("stable", True))
-        latencies.append(Latency(name, p50, p90, p99, mean, samples.sizes["batch"] * 1e3 / mean, ratios[name],
-                                 verdict(ratios[name], self_check), stable))
+        latencies.append(
+            Latency(
+                name,
+                p50,
+                p90,
+                p99,
+                mean,
+                samples.sizes["batch"] * 1e3 / mean,
+                ratios[name],
+                verdict(ratios[name], self_check),
+                stable,
+            )
+        )
     return LatencyReport(samples, tuple(latencies))

@@ -45,9 +45,18 @@ class Samples:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "_type": TYPE, "_version": VERSION, "unit": "ns", "names": list(self.names), "sizes": dict(self.sizes),
-            "seed": self.seed, "sessions": self.sessions, "order": self.order.tolist(), "ns": self.ns.tolist(),
-            "warm_up": dict(self.warm_up), "runtime": dict(self.runtime), "environment": dict(self.environment),
+            "_type": TYPE,
+            "_version": VERSION,
+            "unit": "ns",
+            "names": list(self.names),
+            "sizes": dict(self.sizes),
+            "seed": self.seed,
+            "sessions": self.sessions,
+            "order": self.order.tolist(),
+            "ns": self.ns.tolist(),
+            "warm_up": dict(self.warm_up),
+            "runtime": dict(self.runtime),
+            "environment": dict(self.environment),
         }
 
     @classmethod
@@ -60,18 +69,35 @@ class Samples:
             got = f"{found.get('_type')} version {found.get('_version')}"
             raise ArtifactError("not raw timings", where=where, expected=f"{TYPE!r} version {VERSION}", got=got)
         try:
-            samples = cls(tuple(data["names"]), np.array(data["ns"], np.int64), np.array(data["order"], np.int64),
-                          data["sizes"], data["seed"], data["sessions"], data["warm_up"], data["runtime"],
-                          data["environment"])
+            samples = cls(
+                tuple(data["names"]),
+                np.array(data["ns"], np.int64),
+                np.array(data["order"], np.int64),
+                data["sizes"],
+                data["seed"],
+                data["sessions"],
+                data["warm_up"],
+                data["runtime"],
+                data["environment"],
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError("raw timings are incomplete", where=where, got=repr(error)) from error
         shape = samples.ns.shape
-        if (len(shape) != 3 or not all(shape) or samples.order.shape != shape[:2] or len(samples.names) != shape[1]
-                or len(samples.names) < 2 or samples.sessions < 1 or shape[0] % samples.sessions):
-            raise ArtifactError("raw timings do not fit together", where=where,
-                                expected="ns (rounds, models, calls), order (rounds, models)",
-                                got=f"ns {shape}, order {samples.order.shape}, {len(samples.names)} names, "
-                                f"{samples.sessions} sessions")
+        if (
+            len(shape) != 3
+            or not all(shape)
+            or samples.order.shape != shape[:2]
+            or len(samples.names) != shape[1]
+            or len(samples.names) < 2
+            or samples.sessions < 1
+            or shape[0] % samples.sessions
+        ):
+            raise ArtifactError(
+                "raw timings do not fit together",
+                where=where,
+                expected="ns (rounds, models, calls), order (rounds, models)",
+                got=f"ns {shape}, order {samples.order.shape}, {len(samples.names)} names, {samples.sessions} sessions",
+            )
         return samples
 
     def save(self, path: Path | str) -> None:

@@ -34,19 +34,30 @@ def main() -> int:
         inputs = make_inputs(graph_inputs(options.model), batch=options.batch, sequence=options.seq)
         for seed in range(options.repeats):
             load = os.getloadavg()[0]
-            report = measure({options.model.stem: options.model}, inputs, runtime=options.runtime, seed=seed,
-                             seconds=options.seconds, threads=options.threads)
+            report = measure(
+                {options.model.stem: options.model},
+                inputs,
+                runtime=options.runtime,
+                seed=seed,
+                seconds=options.seconds,
+                threads=options.threads,
+            )
             rounds, _, calls = report.samples.ns.shape
             held.append(report.trusted)
             off.append(abs(report.self_check.value - 1))
-            print(f"{written(report.self_check)}  {'holds' if held[-1] else 'MISSES'} 1; {rounds} rounds of {calls}, "
-                  f"p50 {report.latencies[0].p50_ms:.3f} ms, load {load:.1f}", flush=True)
+            print(
+                f"{written(report.self_check)}  {'holds' if held[-1] else 'MISSES'} 1; {rounds} rounds of {calls}, "
+                f"p50 {report.latencies[0].p50_ms:.3f} ms, load {load:.1f}",
+                flush=True,
+            )
     except DeployPruneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     if held:
-        print(f"held 1.00 in {sum(held)} of {len(held)}; the estimate missed 1 by {100 * statistics.median(off):.1f} % "
-              f"(median), {100 * max(off):.1f} % (worst)")
+        print(
+            f"held 1.00 in {sum(held)} of {len(held)}; the estimate missed 1 by {100 * statistics.median(off):.1f} % "
+            f"(median), {100 * max(off):.1f} % (worst)"
+        )
     return 0
 
 

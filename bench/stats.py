@@ -41,7 +41,12 @@ def percentiles(samples: np.ndarray, which: tuple[float, ...] = (50, 90, 99)) ->
 
 
 def ratio_of_medians(
-    candidate: np.ndarray, baseline: np.ndarray, *, sessions: int = 1, seed: int = 0, resamples: int = RESAMPLES,
+    candidate: np.ndarray,
+    baseline: np.ndarray,
+    *,
+    sessions: int = 1,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Ratio:
     """median(candidate) / median(baseline) with its percentile-bootstrap interval, paired by round.

@@ -113,15 +113,22 @@ def measure(
                 listener.start(schedule.sessions * schedule.rounds, "measure")
             taken.append(run_rounds([models[i] for i in range(len(names))], schedule, generator, clock, listener))
             models.clear()  # before the next session takes its memory
-    return summarise(Samples(
-        names=names, seed=seed, sessions=sessions,
-        ns=np.concatenate([ns for ns, _ in taken]), order=np.concatenate([order for _, order in taken]),
-        sizes=dict(sizes) if sizes else {"batch": int(next(iter(inputs.values())).shape[0])},
-        warm_up={name: {"calls": sum(w.calls for w in each), "stable": all(w.stable for w in each)}
-                 for name, each in zip(names, warm, strict=True)},
-        runtime=dict(zip(names, facts, strict=True)),
-        environment=place,
-    ))
+    return summarise(
+        Samples(
+            names=names,
+            seed=seed,
+            sessions=sessions,
+            ns=np.concatenate([ns for ns, _ in taken]),
+            order=np.concatenate([order for _, order in taken]),
+            sizes=dict(sizes) if sizes else {"batch": int(next(iter(inputs.values())).shape[0])},
+            warm_up={
+                name: {"calls": sum(w.calls for w in each), "stable": all(w.stable for w in each)}
+                for name, each in zip(names, warm, strict=True)
+            },
+            runtime=dict(zip(names, facts, strict=True)),
+            environment=place,
+        )
+    )
 
 
 def _load(
@@ -142,7 +149,7 @@ def warm_up(model: Callable[[], None], clock: Clock = time.perf_counter_ns) -> W
         stop = clock()
         times.append(stop - start)
         if len(times) >= 2 * WINDOW:
-            before, after = statistics.median(times[-2 * WINDOW:-WINDOW]), statistics.median(times[-WINDOW:])
+            before, after = statistics.median(times[-2 * WINDOW : -WINDOW]), statistics.median(times[-WINDOW:])
             if abs(after - before) <= TOLERANCE * before:
                 return WarmUp(len(times), True, after)
         if stop - began >= MAX_WARM_UP_NS:
@@ -162,7 +169,10 @@ def plan_schedule(
 
 
 def run_rounds(
-    models: Sequence[Callable[[], None]], schedule: Schedule, generator: np.random.Generator, clock: Clock,
+    models: Sequence[Callable[[], None]],
+    schedule: Schedule,
+    generator: np.random.Generator,
+    clock: Clock,
     progress: Progress = SILENT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timings (rounds, models, calls) in nanoseconds and the order (rounds, models) the models ran in."""
@@ -204,15 +214,20 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _check(
-    candidates: Mapping[str, Path | str], inputs: Mapping[str, np.ndarray], seconds: float,
+    candidates: Mapping[str, Path | str],
+    inputs: Mapping[str, np.ndarray],
+    seconds: float,
     counts: Mapping[str, int | None],
 ) -> str:
     """The baseline's name. Raises UsageError with every problem at once."""
     problems = []
     if not candidates:
         problems.append("no model to time")
-    problems += [f"{name!r} cannot name a model: {AGAIN.strip()!r} marks the baseline's second session"
-                 for name in candidates if name.endswith(AGAIN)]
+    problems += [
+        f"{name!r} cannot name a model: {AGAIN.strip()!r} marks the baseline's second session"
+        for name in candidates
+        if name.endswith(AGAIN)
+    ]
     if not inputs or not all(array.ndim and array.shape[0] for array in inputs.values()):
         problems.append("every input needs a first dimension of at least one example")
     if not (math.isfinite(seconds) and seconds > 0):

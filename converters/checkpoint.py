@@ -1,9 +1,9 @@
 """A compact model on disk: weights, the plan that cut them and the architecture they were cut from. No pickle.
 
-    DIR/model.safetensors   weights, tied tensors once
-    DIR/plan.json           what was kept
-    DIR/architecture.json   how to build the dense shell
-    DIR/checkpoint.json     version, base model, SHA-256 of the weights, how attention is computed
+DIR/model.safetensors   weights, tied tensors once
+DIR/plan.json           what was kept
+DIR/architecture.json   how to build the dense shell
+DIR/checkpoint.json     version, base model, SHA-256 of the weights, how attention is computed
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ WEIGHTS, PLAN, ARCHITECTURE, RECORD = "model.safetensors", "plan.json", "archite
 OWN_FILES = (WEIGHTS, PLAN, ARCHITECTURE, RECORD)
 
 
-def save_pruned(model: nn.Module, plan: PrunePlan, directory: Path | str, *, base_model: str | None = None,
-                extra: Mapping[str, Path] | None = None, tokenizer: Any = None) -> Path:
+def save_pruned(
+    model: nn.Module,
+    plan: PrunePlan,
+    directory: Path | str,
+    *,
+    base_model: str | None = None,
+    extra: Mapping[str, Path] | None = None,
+    tokenizer: Any = None,
+) -> Path:
     """Write the compact `model`, cut by `plan`, as a directory, atomically; returns the directory.
 
     `base_model` names the dense model in words (default: as the plan does). `extra` maps file names to files that are
@@ -40,8 +47,11 @@ def save_pruned(model: nn.Module, plan: PrunePlan, directory: Path | str, *, bas
     _check_shape(model, plan)
     architecture = Architecture.of(model)
     if clash := sorted(n for n in extra or {} if n in (*OWN_FILES, "tokenizer") or Path(n).name != n):
-        raise UsageError("not names for extra files", got=", ".join(clash),
-                         expected="plain file names other than the checkpoint's own")
+        raise UsageError(
+            "not names for extra files",
+            got=", ".join(clash),
+            expected="plain file names other than the checkpoint's own",
+        )
     directory = Path(directory)
     with atomic_dir(directory) as room:
         save_file(own_tensors(model), room / WEIGHTS, metadata={"format": "pt"})
@@ -51,12 +61,18 @@ def save_pruned(model: nn.Module, plan: PrunePlan, directory: Path | str, *, bas
             shutil.copyfile(existing(source), room / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(room / "tokenizer")
-        write_json(room / RECORD, {
-            "_type": "PrunedCheckpoint", "_version": VERSION, "base_model": base_model or plan.model,
-            "sha256": sha256_file(room / WEIGHTS), "bytes": (room / WEIGHTS).stat().st_size,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "attn_implementation": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        })
+        write_json(
+            room / RECORD,
+            {
+                "_type": "PrunedCheckpoint",
+                "_version": VERSION,
+                "base_model": base_model or plan.model,
+                "sha256": sha256_file(room / WEIGHTS),
+                "bytes": (room / WEIGHTS).stat().st_size,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "attn_implementation": getattr(getattr(model, "config", None), "_attn_implementation", None),
+            },
+        )
     return directory
 
 
@@ -77,16 +93,24 @@ def load_pruned(directory: Path | str, *, trust_code: bool = False) -> nn.Module
     architecture = _architecture(directory / ARCHITECTURE, trust_code)
     weights = existing(directory / WEIGHTS, "weights file")
     if (digest := sha256_file(weights)) != record["sha256"]:
-        raise ArtifactError("the weights are not those the checkpoint was written with", where=str(weights),
-                            expected=f"sha256 {record['sha256']}", got=f"sha256 {digest}",
-                            remedy="Copy the file again.")
+        raise ArtifactError(
+            "the weights are not those the checkpoint was written with",
+            where=str(weights),
+            expected=f"sha256 {record['sha256']}",
+            got=f"sha256 {digest}",
+            remedy="Copy the file again.",
+        )
     with torch.random.fork_rng():  # the shell's throw-away weights must not disturb the caller's random numbers
         model = architecture.build()
     try:
         model = compact(model, plan, inplace=True, check_weights=False)
     except PlanError as error:
-        raise ArtifactError("the plan does not fit the architecture", where=str(directory), problems=error.problems,
-                            remedy="The files are not of one checkpoint; copy the whole directory again.") from error
+        raise ArtifactError(
+            "the plan does not fit the architecture",
+            where=str(directory),
+            problems=error.problems,
+            remedy="The files are not of one checkpoint; copy the whole directory again.",
+        ) from error
     _load(model, read_safetensors(weights), str(weights))
     if record.get("attn_implementation"):
         model.set_attn_implementation(record["attn_implementation"])  # type: ignore[operator]
@@ -110,12 +134,22 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     own = dict(model.state_dict(keep_vars=True))
     first: dict[int, str] = {}
     names = {first.setdefault(id(tensor), name) for name, tensor in own.items()}
-    check_keys(where, missing=names - tensors.keys(), unexpected=tensors.keys() - names,
-               misshapen=[(name, tuple(tensors[name].shape), tuple(own[name].shape))
-                          for name in names & tensors.keys() if tensors[name].shape != own[name].shape])
+    check_keys(
+        where,
+        missing=names - tensors.keys(),
+        unexpected=tensors.keys() - names,
+        misshapen=[
+            (name, tuple(tensors[name].shape), tuple(own[name].shape))
+            for name in names & tensors.keys()
+            if tensors[name].shape != own[name].shape
+        ],
+    )
     if other := sorted(name for name in names if tensors[name].dtype != own[name].dtype):
-        raise ArtifactError("weights of another type than the model's", where=where,
-                            problems=[f"{name}: {tensors[name].dtype}, expected {own[name].dtype}" for name in other])
+        raise ArtifactError(
+            "weights of another type than the model's",
+            where=where,
+            problems=[f"{name}: {tensors[name].dtype}, expected {own[name].dtype}" for name in other],
+        )
     with torch.no_grad():
         for name in names:
             own[name].copy_(tensors[name])
@@ -135,8 +169,11 @@ def _check_shape(model: nn.Module, plan: PrunePlan) -> None:
             if planned != count:
                 problems.append(f"{site.name}: has {count} {kind.value} units, the plan keeps {planned}")
     if problems:
-        raise PlanError("the model is not the one this plan cuts", problems=problems,
-                        remedy="Pass the result of compact(model, plan).")
+        raise PlanError(
+            "the model is not the one this plan cuts",
+            problems=problems,
+            remedy="Pass the result of compact(model, plan).",
+        )
 
 
 def _record(directory: Path) -> dict[str, Any]:
@@ -144,9 +181,12 @@ def _record(directory: Path) -> dict[str, Any]:
     record = read_json(path)
     found = record if isinstance(record, dict) else {}
     if found.get("_type") != "PrunedCheckpoint" or found.get("_version") != VERSION:
-        raise ArtifactError("not a checkpoint this version reads", where=str(path),
-                            expected=f"PrunedCheckpoint version {VERSION}",
-                            got=f"{found.get('_type')!r} version {found.get('_version')!r}"[:80])
+        raise ArtifactError(
+            "not a checkpoint this version reads",
+            where=str(path),
+            expected=f"PrunedCheckpoint version {VERSION}",
+            got=f"{found.get('_type')!r} version {found.get('_version')!r}"[:80],
+        )
     if not isinstance(found.get("sha256"), str) or not isinstance(found.get("attn_implementation"), str | None):
         raise ArtifactError("incomplete checkpoint record", where=str(path), expected="sha256 and attn_implementation")
     return found
@@ -154,14 +194,27 @@ def _record(directory: Path) -> dict[str, Any]:
 
 def _architecture(path: Path, trust_code: bool) -> Architecture:
     data = read_json(path)
-    if not (isinstance(data, dict) and set(data) == {"library", "name", "arguments"} and isinstance(data["name"], str)
-            and data["library"] in ("timm", "hf", "python") and isinstance(data["arguments"], dict)):
+    if not (
+        isinstance(data, dict)
+        and set(data) == {"library", "name", "arguments"}
+        and isinstance(data["name"], str)
+        and data["library"] in ("timm", "hf", "python")
+        and isinstance(data["arguments"], dict)
+    ):
         raise ArtifactError("not an architecture", where=str(path), expected="library, name and arguments")
     architecture = Architecture(**data)
     if architecture.library == "python" and not trust_code:
-        raise UsageError("loading this checkpoint would run Python code", where=str(path), got=architecture.name,
-                         remedy="If you trust it, pass trust_code=True.")
+        raise UsageError(
+            "loading this checkpoint would run Python code",
+            where=str(path),
+            got=architecture.name,
+            remedy="If you trust it, pass trust_code=True.",
+        )
     if architecture.library == "timm" and ":" in architecture.name:
-        raise ArtifactError("not a timm architecture", where=str(path), got=architecture.name[:80],
-                            expected="a plain model name; hub and directory names would fetch something else")
+        raise ArtifactError(
+            "not a timm architecture",
+            where=str(path),
+            got=architecture.name[:80],
+            expected="a plain model name; hub and directory names would fetch something else",
+        )
     return architecture

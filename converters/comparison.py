@@ -25,8 +25,9 @@ class Difference:
     values: tuple[float, float] | None = None
 
 
-def compare(reference: np.ndarray, candidate: np.ndarray, *, tolerance: float, valid: np.ndarray | None = None
-            ) -> Difference:
+def compare(
+    reference: np.ndarray, candidate: np.ndarray, *, tolerance: float, valid: np.ndarray | None = None
+) -> Difference:
     """Compare two outputs; `valid` (batch, sequence) marks the positions of (batch, sequence, ...) that count."""
     import numpy as np
 
@@ -40,8 +41,13 @@ def compare(reference: np.ndarray, candidate: np.ndarray, *, tolerance: float, v
         bad = ~np.isfinite(values) & counts
         if bad.any():
             first = _first(bad)
-            return Difference(math.inf, 0.0, f"{int(bad.sum())} values of the {name} are NaN or infinite", first,
-                              (float(a[first]), float(b[first])))
+            return Difference(
+                math.inf,
+                0.0,
+                f"{int(bad.sum())} values of the {name} are NaN or infinite",
+                first,
+                (float(a[first]), float(b[first])),
+            )
     a, b = np.where(counts, a, 0.0), np.where(counts, b, 0.0)
     distance, scale = np.abs(a - b), float(np.abs(a).max(initial=0.0))
     worst = float(distance.max(initial=0.0))
@@ -51,8 +57,13 @@ def compare(reference: np.ndarray, candidate: np.ndarray, *, tolerance: float, v
     if not error > tolerance:
         return Difference(error, agreement)
     first = _first(distance > tolerance * scale)
-    return Difference(error, agreement, None if scale else "the reference is zero everywhere", first,
-                      (float(a[first]), float(b[first])))
+    return Difference(
+        error,
+        agreement,
+        None if scale else "the reference is zero everywhere",
+        first,
+        (float(a[first]), float(b[first])),
+    )
 
 
 def _first(where: np.ndarray) -> tuple[int, ...]:

@@ -69,10 +69,17 @@ def _rules() -> list[Any]:
     from onnxscript.rewriter.rules import common
 
     return [
-        common.materialize_reshape_shape_rule, common.reshape_reshape_rule, common.squeeze_reshape_1d_rule,
-        common.collapse_slice_rule, common.collapse_slice2_rule,
-        common.no_op_cast_rule, common.cast_cast_rule, common.no_op_expand_rule,
-        common.no_op_transpose_rule, common.transpose_transpose_rule, common.unsqueeze_unsqueeze_rule,
+        common.materialize_reshape_shape_rule,
+        common.reshape_reshape_rule,
+        common.squeeze_reshape_1d_rule,
+        common.collapse_slice_rule,
+        common.collapse_slice2_rule,
+        common.no_op_cast_rule,
+        common.cast_cast_rule,
+        common.no_op_expand_rule,
+        common.no_op_transpose_rule,
+        common.transpose_transpose_rule,
+        common.unsqueeze_unsqueeze_rule,
     ]
 
 
@@ -97,8 +104,11 @@ def account(model: ir.Model, parameters: Mapping[str, int], buffers: Mapping[str
         else:
             found["buffers" if origin in buffers else "constants"][name] = size
     if problems:
-        raise UnsupportedModelError("the exported graph does not hold the weights as they are", problems=problems,
-                                    remedy="Report this with the versions of torch and onnxscript.")
+        raise UnsupportedModelError(
+            "the exported graph does not hold the weights as they are",
+            problems=problems,
+            remedy="Report this with the versions of torch and onnxscript.",
+        )
     unused = {name: size for name, size in parameters.items() if name not in seen}
     return Initializers(**found, unused=unused)
 
@@ -119,8 +129,9 @@ def name_dimensions(proto: onnx.ModelProto, signature: Signature) -> None:
             dims = value.type.tensor_type.shape.dim
             got = [d.dim_param or "?" if d.WhichOneof("value") != "dim_value" else d.dim_value for d in dims]
             if len(dims) != len(spec.shape) or any(
-                    isinstance(want, str) != isinstance(have, str) or (isinstance(want, int) and want != have)
-                    for want, have in zip(spec.shape, got, strict=False)):
+                isinstance(want, str) != isinstance(have, str) or (isinstance(want, int) and want != have)
+                for want, have in zip(spec.shape, got, strict=False)
+            ):
                 problems.append(f"{spec.name}: the graph has shape {got}, the signature {list(spec.shape)}")
                 continue
             for dim, want in zip(dims, spec.shape, strict=True):
@@ -129,9 +140,12 @@ def name_dimensions(proto: onnx.ModelProto, signature: Signature) -> None:
                         names[dim.dim_param] = want
                     dim.dim_param = want
     if problems:
-        raise UnsupportedModelError("the exported graph is not the function of the signature", problems=problems,
-                                    remedy="The model computes with a fixed size where the signature says dynamic; "
-                                    "make its forward depend on the input's shape.")
+        raise UnsupportedModelError(
+            "the exported graph is not the function of the signature",
+            problems=problems,
+            remedy="The model computes with a fixed size where the signature says dynamic; "
+            "make its forward depend on the input's shape.",
+        )
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names))) + r")\b") if names else None
     for value in proto.graph.value_info:
         for dim in value.type.tensor_type.shape.dim:
@@ -141,6 +155,8 @@ def name_dimensions(proto: onnx.ModelProto, signature: Signature) -> None:
 
 def foreign_nodes(proto: onnx.ModelProto) -> list[str]:
     """Nodes outside the standard ONNX domain, and functions, one line each."""
-    return [f"{node.name or node.op_type}: {node.domain}::{node.op_type}"
-            for node in proto.graph.node if node.domain not in ("", "ai.onnx")
-            ] + [f"function {f.domain}::{f.name}" for f in proto.functions]
+    return [
+        f"{node.name or node.op_type}: {node.domain}::{node.op_type}"
+        for node in proto.graph.node
+        if node.domain not in ("", "ai.onnx")
+    ] + [f"function {f.domain}::{f.name}" for f in proto.functions]

@@ -61,9 +61,15 @@ class ExportReport:
         return asdict(self)
 
 
-def export_onnx(model: nn.Module, file: Path | str, signature: Signature, *, opset: int = 18,
-                example_sizes: Mapping[str, int] | None = None,
-                metadata: Mapping[str, str] | None = None) -> ExportReport:
+def export_onnx(
+    model: nn.Module,
+    file: Path | str,
+    signature: Signature,
+    *,
+    opset: int = 18,
+    example_sizes: Mapping[str, int] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportReport:
     """Write `signature.call` of `model` as an ONNX file, atomically; the model is left as it was.
 
     `metadata` becomes the file's metadata properties. Raises UsageError for weights that are not float32 and
@@ -90,8 +96,11 @@ def export_onnx(model: nn.Module, file: Path | str, signature: Signature, *, ops
         proto = ir.to_proto(exported)
         name_dimensions(proto, signature)
         if foreign := foreign_nodes(proto):
-            raise UnsupportedModelError("the graph needs operators outside standard ONNX", problems=foreign,
-                                        remedy="A plain runtime could not load it; replace these in the model.")
+            raise UnsupportedModelError(
+                "the graph needs operators outside standard ONNX",
+                problems=foreign,
+                remedy="A plain runtime could not load it; replace these in the model.",
+            )
         _sign(proto, metadata or {})
         serialized = proto.SerializeToString(deterministic=True)
         target.write_bytes(serialized)
@@ -99,10 +108,17 @@ def export_onnx(model: nn.Module, file: Path | str, signature: Signature, *, ops
         size = len(serialized) + (data.stat().st_size if data is not None else 0)
     described = signature.describe()
     return ExportReport(
-        file=path.name, sha256=sha256_file(path) if large else hashlib.sha256(serialized).hexdigest(), bytes=size,
-        external=_data_name(path) if large else None, opset=opset, nodes=len(proto.graph.node),
-        inputs=described["inputs"], output=described["output"], initializers=initializers,
-        seconds=time.perf_counter() - start)
+        file=path.name,
+        sha256=sha256_file(path) if large else hashlib.sha256(serialized).hexdigest(),
+        bytes=size,
+        external=_data_name(path) if large else None,
+        opset=opset,
+        nodes=len(proto.graph.node),
+        inputs=described["inputs"],
+        output=described["output"],
+        initializers=initializers,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _check_float32(model: nn.Module) -> None:
@@ -110,8 +126,9 @@ def _check_float32(model: nn.Module) -> None:
 
     wrong = [f"{name}: {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32]
     if wrong:
-        raise UsageError("export takes float32 weights", problems=wrong[:20],
-                         remedy="Load the model with dtype=torch.float32.")
+        raise UsageError(
+            "export takes float32 weights", problems=wrong[:20], remedy="Load the model with dtype=torch.float32."
+        )
 
 
 def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], opset: int) -> Any:
@@ -121,18 +138,28 @@ def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], ops
     device = next(model.parameters()).device
     inputs = signature.random_inputs(sizes, seed=0)
     args = tuple(inputs[spec.name].to(device) for spec in signature.inputs)
-    dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
-                    for spec in signature.inputs)
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
+        for spec in signature.inputs
+    )
     try:
         with _evaluating(model), torch.no_grad():
             program = torch.export.export(_function(model, signature), args, dynamic_shapes=(dynamic,), strict=False)
             result = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                input_names=[spec.name for spec in signature.inputs], output_names=[signature.output.name],
-                custom_translation_table=translations())
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[signature.output.name],
+                custom_translation_table=translations(),
+            )
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
         raise UnsupportedModelError(
-            f"cannot trace {type(model).__name__}", got=_root_cause(error),
+            f"cannot trace {type(model).__name__}",
+            got=_root_cause(error),
             remedy="The forward must not branch on tensor values and must accept any size the signature names.",
         ) from error
     assert result is not None

@@ -23,8 +23,9 @@ class OnnxSession:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UnavailableError("onnxruntime is not installed", remedy="pip install 'deploy-prune[cpu]' (or [gpu])"
-                                   ) from error
+            raise UnavailableError(
+                "onnxruntime is not installed", remedy="pip install 'deploy-prune[cpu]' (or [gpu])"
+            ) from error
         options: Any = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; its warnings concern providers nobody asked for
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
@@ -58,5 +59,6 @@ def _explained(what: str, path: Path) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ArtifactError(what, where=str(path), got=str(error)[:400],
-                            remedy="The file is damaged, or needs a newer onnxruntime.") from error
+        raise ArtifactError(
+            what, where=str(path), got=str(error)[:400], remedy="The file is damaged, or needs a newer onnxruntime."
+        ) from error

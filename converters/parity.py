@@ -69,8 +69,9 @@ class ParityReport:
         return {"seed": self.seed, "error": self.error, "pairs": [asdict(pair) for pair in self.pairs]}
 
 
-def parity_sizes(signature: Signature, trace_sizes: Mapping[str, int] | None = None, *, longest: int | None = None
-                 ) -> list[dict[str, int]]:
+def parity_sizes(
+    signature: Signature, trace_sizes: Mapping[str, int] | None = None, *, longest: int | None = None
+) -> list[dict[str, int]]:
     """Sizes off the trace: batch 1 and 3 (5 where 3 was traced), sequences of 1, odd length and `longest`.
 
     `longest` is the longest sequence the model takes, 48 when not known.
@@ -86,9 +87,16 @@ def parity_sizes(signature: Signature, trace_sizes: Mapping[str, int] | None = N
     return [{"batch": b, "sequence": min(s, longest)} for b, s in ((1, 1), (wide, middle), (1, 17), (wide, longest))]
 
 
-def check_parity(forms: Mapping[str, Form], signature: Signature, *, sizes: Sequence[Mapping[str, int]] | None = None,
-                 examples: Sequence[Mapping[str, Tensor]] = (), seed: int = 0, tolerance: float = TOLERANCE,
-                 same_weights: bool = True) -> ParityReport:
+def check_parity(
+    forms: Mapping[str, Form],
+    signature: Signature,
+    *,
+    sizes: Sequence[Mapping[str, int]] | None = None,
+    examples: Sequence[Mapping[str, Tensor]] = (),
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+    same_weights: bool = True,
+) -> ParityReport:
     """Compare each form with the one before it: {"masked": f, "compact": model, "onnx": path}.
 
     Inputs are made up at the given `sizes` (default `parity_sizes`), right-padded where the signature has a mask, and
@@ -120,21 +128,37 @@ def check_parity(forms: Mapping[str, Form], signature: Signature, *, sizes: Sequ
             if difference.error > tolerance:
                 problems.append(f"{first} -> {second} at {_named(size)}: " + _words(difference, tolerance))
                 causes.add(_cause(difference, onnx))
-        pairs.append(Pair(first, second, tolerance, max((c.error for c in checks), default=0.0),
-                          min((c.agreement for c in checks), default=0.0), tuple(checks)))
+        pairs.append(
+            Pair(
+                first,
+                second,
+                tolerance,
+                max((c.error for c in checks), default=0.0),
+                min((c.agreement for c in checks), default=0.0),
+                tuple(checks),
+            )
+        )
     if problems:
-        raise ParityError("forms of the model that must be equal differ", problems=problems,
-                          remedy="Likely: " + "; or ".join(_CAUSES[c] for c in _CAUSES if c in causes) + ".")
+        raise ParityError(
+            "forms of the model that must be equal differ",
+            problems=problems,
+            remedy="Likely: " + "; or ".join(_CAUSES[c] for c in _CAUSES if c in causes) + ".",
+        )
     return ParityReport(tuple(pairs), seed)
 
 
-def _batches(signature: Signature, sizes: Sequence[Mapping[str, int]], examples: Sequence[Mapping[str, Tensor]],
-             seed: int) -> Iterator[tuple[dict[str, int], Mapping[str, Tensor]]]:
+def _batches(
+    signature: Signature, sizes: Sequence[Mapping[str, int]], examples: Sequence[Mapping[str, Tensor]], seed: int
+) -> Iterator[tuple[dict[str, int], Mapping[str, Tensor]]]:
     for i, size in enumerate(sizes):
         yield dict(size), signature.random_inputs(size, seed=seed + i, padding=True)
     for inputs in examples:
-        size = {d: inputs[spec.name].shape[i] for spec in signature.inputs
-                for i, d in enumerate(spec.shape) if isinstance(d, str)}
+        size = {
+            d: inputs[spec.name].shape[i]
+            for spec in signature.inputs
+            for i, d in enumerate(spec.shape)
+            if isinstance(d, str)
+        }
         yield size, inputs
 
 
@@ -199,7 +223,7 @@ def _weight_faults(form: Form, other: Form) -> list[str]:
 def _valid(signature: Signature, inputs: Mapping[str, Tensor]) -> np.ndarray | None:
     """The attention mask, when the output has a position for each of its entries."""
     for spec in signature.inputs:
-        if spec.role == "mask" and signature.output.shape[:len(spec.shape)] == spec.shape:
+        if spec.role == "mask" and signature.output.shape[: len(spec.shape)] == spec.shape:
             mask: np.ndarray = inputs[spec.name].cpu().numpy()
             return mask
     return None

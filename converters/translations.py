@@ -17,8 +17,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.aten.scaled_dot_product_attention.default: attention}
 
 
-def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     """softmax(s·Q Kᵀ + M) V with Q (batch, heads, L, d), K and V (batch, kv_heads, S, d).
 
     The stock translation finds the shape of K at run time to transpose it (eight nodes) and scales both Q and K;
@@ -45,8 +53,9 @@ def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p
             mask = op.Unsqueeze(mask, op.Constant(value_ints=[2]))
         query = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, heads // kv_heads, -1, width]))
         key, value = (op.Unsqueeze(x, op.Constant(value_ints=[2])) for x in (key, value))
-    scores = op.MatMul(op.Mul(query, op.Constant(value_float=s)),
-                       op.Transpose(key, perm=[0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]))
+    scores = op.MatMul(
+        op.Mul(query, op.Constant(value_float=s)), op.Transpose(key, perm=[0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2])
+    )
     if mask is not None:
         scores = op.Add(scores, mask)
     out = op.MatMul(op.Softmax(scores, axis=-1), value)

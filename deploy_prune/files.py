@@ -31,7 +31,8 @@ def _write_failure(path: Path, error: Exception) -> OSError | None:
         error = OSError(int(wrapped[1]), os.strerror(int(wrapped[1])))
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
         return error
-    names = [Path(name).absolute() for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    given = (error.filename, error.filename2)
+    names = [Path(name).absolute() for name in given if isinstance(name, (str, os.PathLike))]
     return error if any(path.parent.absolute() in (name, *name.parents) for name in names) else None
 
 

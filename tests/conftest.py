@@ -53,7 +53,12 @@ def tiny_vit() -> nn.Module:
     from deploy_prune.architecture import Architecture
 
     arguments: dict[str, Any] = {
-        "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0,
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
         "num_classes": 5,
     }
     return randomize(Architecture("timm", "vit_tiny_patch16_224", arguments).build())
@@ -65,8 +70,14 @@ def tiny_bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=64, num_labels=3, attn_implementation="sdpa",
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        num_labels=3,
+        attn_implementation="sdpa",
     )
     return randomize(BertForSequenceClassification(config))
 
@@ -77,7 +88,13 @@ def tiny_distilbert() -> nn.Module:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     config = DistilBertConfig(
-        vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64, num_labels=2,
+        vocab_size=99,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=48,
+        max_position_embeddings=64,
+        num_labels=2,
         attn_implementation="sdpa",
     )
     return randomize(DistilBertForSequenceClassification(config))
@@ -89,9 +106,18 @@ def tiny_llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
     )
     return randomize(LlamaForCausalLM(config))
 
@@ -112,8 +138,13 @@ def saved(tmp_path: Path) -> Callable[[nn.Module], Path]:
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)
         PreTrainedTokenizerFast(
-            tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-            model_max_length=40, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+            tokenizer_object=backend,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            model_max_length=40,
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         ).save_pretrained(folder)
         return folder
 

@@ -39,8 +39,11 @@ def _embedding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 SIGNATURES = {
-    "tiny_vit": Signature((TensorSpec("images", "float32", ("batch", 3, 32, 32)),),
-                          TensorSpec("logits", "float32", ("batch", 5)), lambda model, x: model(x["images"])),
+    "tiny_vit": Signature(
+        (TensorSpec("images", "float32", ("batch", 3, 32, 32)),),
+        TensorSpec("logits", "float32", ("batch", 5)),
+        lambda model, x: model(x["images"]),
+    ),
     "tiny_bert": Signature(TEXT, TensorSpec("logits", "float32", ("batch", 3)), _logits),
     "tiny_distilbert": Signature(TEXT, TensorSpec("logits", "float32", ("batch", 2)), _logits),
     "tiny_llama": Signature(TEXT, TensorSpec("logits", "float32", ("batch", "sequence", 99)), _decoder_logits),
@@ -97,8 +100,14 @@ def _build_bundle(model: nn.Module, bundle: Path) -> Path:
     sites, sha256, signature = find_sites(model), weights_sha256(model), SIGNATURES["tiny_vit"]
     kept = {(s.name, k): range(1, s.counts[k]) for s, k in groups(sites)}
     costs = Costs(sparsity=0.02, params=1, macs=1, bytes=4, units={"head": 4, "neuron": 190})
-    plan = plan_from_units("timm:tiny", sha256, sites, kept, achieved=costs,
-                           asked=Target(budget="sparsity", value=0.02, kinds=("head", "neuron"), align=1))
+    plan = plan_from_units(
+        "timm:tiny",
+        sha256,
+        sites,
+        kept,
+        achieved=costs,
+        asked=Target(budget="sparsity", value=0.02, kinds=("head", "neuron"), align=1),
+    )
     members = []
     for name, form, own in (("dense", model, None), ("s02", compact(model, plan), plan)):
         path, report = exported("tiny_vit" if own is None else "tiny_vit_s02", form, signature)
@@ -109,17 +118,40 @@ def _build_bundle(model: nn.Module, bundle: Path) -> Path:
             (bundle / "plans").mkdir()
             own.save(bundle / f"plans/{name}.json")
             save_pruned(form, own, bundle / f"checkpoints/{name}")
-        members.append(bundling.member_from(
-            name, report.to_json(), parity=check_parity({"torch": form, "onnx": path}, signature).to_json(),
-            samples=SamplesEntry(file=f"samples/{name}.safetensors", tolerance=1e-4),
-            quality=QualityEntry(metric="top1", value=0.75, n=8, interval=(0.4, 0.9), higher_is_better=True),
-            **({} if own is None else {"plan": f"plans/{name}.json", "checkpoint": f"checkpoints/{name}",
-                                       "asked": own.asked, "achieved": own.achieved})))
+        members.append(
+            bundling.member_from(
+                name,
+                report.to_json(),
+                parity=check_parity({"torch": form, "onnx": path}, signature).to_json(),
+                samples=SamplesEntry(file=f"samples/{name}.safetensors", tolerance=1e-4),
+                quality=QualityEntry(metric="top1", value=0.75, n=8, interval=(0.4, 0.9), higher_is_better=True),
+                **(
+                    {}
+                    if own is None
+                    else {
+                        "plan": f"plans/{name}.json",
+                        "checkpoint": f"checkpoints/{name}",
+                        "asked": own.asked,
+                        "achieved": own.achieved,
+                    }
+                ),
+            )
+        )
     described = signature.describe()
-    bundling.finish(bundle, Manifest(
-        name="tiny", base=BaseModelEntry(reference="timm:tiny", weights_sha256=sha256,
-                                         parameters=sum(p.numel() for p in model.parameters())),
-        task={"name": "image-classification"}, recipe={"model": "timm:tiny"}, versions={"deploy-prune": "0.1.0"},
-        environment={"cpu": "any"}, inputs=[TensorEntry(**t) for t in described["inputs"]],
-        output=TensorEntry(**described["output"]), members=members))
+    bundling.finish(
+        bundle,
+        Manifest(
+            name="tiny",
+            base=BaseModelEntry(
+                reference="timm:tiny", weights_sha256=sha256, parameters=sum(p.numel() for p in model.parameters())
+            ),
+            task={"name": "image-classification"},
+            recipe={"model": "timm:tiny"},
+            versions={"deploy-prune": "0.1.0"},
+            environment={"cpu": "any"},
+            inputs=[TensorEntry(**t) for t in described["inputs"]],
+            output=TensorEntry(**described["output"]),
+            members=members,
+        ),
+    )
     return bundle

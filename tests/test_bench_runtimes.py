@@ -97,8 +97,12 @@ def test_description_states_provider_version_and_every_option(mlp: Path) -> None
     assert facts["providers"] == ["CPUExecutionProvider"]
     assert facts["version"] == onnxruntime.__version__
     assert facts["options"] == {
-        "intra_op_num_threads": 1, "inter_op_num_threads": 1, "execution_mode": "sequential",
-        "graph_optimization_level": "all", "session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1",
+        "intra_op_num_threads": 1,
+        "inter_op_num_threads": 1,
+        "execution_mode": "sequential",
+        "graph_optimization_level": "all",
+        "session.intra_op.allow_spinning": "1",
+        "session.force_spinning_stop": "1",
     }
     json.dumps(facts)
 
@@ -110,12 +114,15 @@ def test_described_options_are_the_ones_set() -> None:
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-@pytest.mark.parametrize(("inputs", "words"), [
-    ({"y": X["x"]}, "expected: x"),
-    ({}, "got: none"),
-    ({"x": X["x"][:, :3]}, r"x float32\[2, 3\]"),
-    ({"x": X["x"].astype(np.float64)}, r"x float64\[2, 4\]"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"y": X["x"]}, "expected: x"),
+        ({}, "got: none"),
+        ({"x": X["x"][:, :3]}, r"x float32\[2, 3\]"),
+        ({"x": X["x"].astype(np.float64)}, r"x float64\[2, 4\]"),
+    ],
+)
 def test_inputs_that_do_not_fit_are_refused(mlp: Path, inputs: dict[str, np.ndarray], words: str) -> None:
     session = OrtCpu().load(mlp, threads=1)
     for attempt in (session.run, session.bind):
@@ -151,8 +158,13 @@ def test_nodes_left_on_the_cpu_are_named(mlp: Path) -> None:
 
 
 def profile_event(name: str, op: str, provider: str, inputs: list[Any], outputs: list[Any]) -> dict[str, Any]:
-    args = {"op_name": op, "provider": provider, "node_index": name, "input_type_shape": inputs,
-            "output_type_shape": outputs}
+    args = {
+        "op_name": op,
+        "provider": provider,
+        "node_index": name,
+        "input_type_shape": inputs,
+        "output_type_shape": outputs,
+    }
     return {"cat": "Node", "name": f"{name}_kernel_time", "args": args}
 
 
@@ -171,12 +183,15 @@ def test_shape_arithmetic_may_stay_on_the_host() -> None:
     ort_cuda.refuse_host_nodes(Path("m.onnx"), placement)
 
 
-@pytest.mark.parametrize(("op", "inputs", "outputs"), [
-    ("Add", [{"float": [8, 64]}], [{"float": [8, 64]}]),
-    ("Gather", [{"float": [100, 64]}, {"int64": [1]}], [{"float": [1, 64]}]),
-    ("Equal", [{"int64": [8, 128]}], [{"bool": [8, 128]}]),
-    ("ReduceMax", [{"int64": [8, 128]}], [{"int64": []}]),
-])
+@pytest.mark.parametrize(
+    ("op", "inputs", "outputs"),
+    [
+        ("Add", [{"float": [8, 64]}], [{"float": [8, 64]}]),
+        ("Gather", [{"float": [100, 64]}, {"int64": [1]}], [{"float": [1, 64]}]),
+        ("Equal", [{"int64": [8, 128]}], [{"bool": [8, 128]}]),
+        ("ReduceMax", [{"int64": [8, 128]}], [{"int64": []}]),
+    ],
+)
 def test_computation_may_not_stay_on_the_host(op: str, inputs: list[Any], outputs: list[Any]) -> None:
     placement = parse_profile([profile_event("n", op, "CPUExecutionProvider", inputs, outputs)])
     assert [node.op for node in placement.elsewhere(CUDA)] == [op]
@@ -193,8 +208,10 @@ def test_profile_that_shows_no_node_proves_nothing() -> None:
 def test_inputs_are_read_off_the_graph(tmp_path: Path) -> None:
     found = graph_inputs(save_embedder(tmp_path / "m.onnx", vocabulary=7))
     assert [(i.name, i.dtype, i.shape, i.rows) for i in found] == [
-        ("input_ids", "int64", ("batch", "sequence"), 7), ("token_type_ids", "int64", ("batch", "sequence"), 2),
-        ("attention_mask", "int64", ("batch", "sequence"), 0)]
+        ("input_ids", "int64", ("batch", "sequence"), 7),
+        ("token_type_ids", "int64", ("batch", "sequence"), 2),
+        ("attention_mask", "int64", ("batch", "sequence"), 0),
+    ]
     assert has_sequence(found)
 
 
@@ -213,16 +230,23 @@ def test_same_seed_makes_the_same_inputs(mlp: Path) -> None:
     assert not np.array_equal(make_inputs(specs, batch=3, seed=1)["x"], make_inputs(specs, batch=3, seed=2)["x"])
 
 
-@pytest.mark.parametrize(("spec", "sizes", "words"), [
-    (GraphInput("x", "float32", ("batch", 4)), {"batch": 0}, "batch size must be at least 1"),
-    (GraphInput("x", "float32", ("batch", 4)), {"batch": 1, "sequence": 8}, "no input has a dynamic sequence"),
-    (GraphInput("x", "float32", (1, 4)), {"batch": 8}, "fixed batch of 1, asked is 8"),
-    (GraphInput("ids", "int64", ("batch", "sequence")), {"batch": 1}, "needs a sequence size"),
-    (GraphInput("ids", "int64", ("batch", "sequence")), {"batch": 1, "sequence": 0}, "size must be at least 1, got 0"),
-    (GraphInput("x", "float32", ("batch", 3, "height", 8)), {"batch": 1}, "dimension 2 \\(height\\)"),
-    (GraphInput("x", "float32", (None, None)), {"batch": 1}, "dimension 1 \\(unnamed\\)"),
-    (GraphInput("x", "float32", ()), {"batch": 1}, "scalar"),
-])
+@pytest.mark.parametrize(
+    ("spec", "sizes", "words"),
+    [
+        (GraphInput("x", "float32", ("batch", 4)), {"batch": 0}, "batch size must be at least 1"),
+        (GraphInput("x", "float32", ("batch", 4)), {"batch": 1, "sequence": 8}, "no input has a dynamic sequence"),
+        (GraphInput("x", "float32", (1, 4)), {"batch": 8}, "fixed batch of 1, asked is 8"),
+        (GraphInput("ids", "int64", ("batch", "sequence")), {"batch": 1}, "needs a sequence size"),
+        (
+            GraphInput("ids", "int64", ("batch", "sequence")),
+            {"batch": 1, "sequence": 0},
+            "size must be at least 1, got 0",
+        ),
+        (GraphInput("x", "float32", ("batch", 3, "height", 8)), {"batch": 1}, "dimension 2 \\(height\\)"),
+        (GraphInput("x", "float32", (None, None)), {"batch": 1}, "dimension 1 \\(unnamed\\)"),
+        (GraphInput("x", "float32", ()), {"batch": 1}, "scalar"),
+    ],
+)
 def test_sizes_a_graph_cannot_take_are_refused(spec: GraphInput, sizes: dict[str, int], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make_inputs([spec], **sizes)  # type: ignore[arg-type]

@@ -8,8 +8,15 @@ import pytest
 from bench.stats import Ratio, percentiles, ratio_of_medians, verdict, written
 
 
-def drawn(ratio: float, seed: int, *, rounds: int = 60, sessions: int = 1, shared: float = 0.0, own: float = 0.0,
-          ) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    ratio: float,
+    seed: int,
+    *,
+    rounds: int = 60,
+    sessions: int = 1,
+    shared: float = 0.0,
+    own: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Synthetic (candidate, baseline) timings around 1 ms. `shared`: log spread of a round, common to both models;
     `own`: log spread of each model's session."""
     generator = np.random.default_rng(seed)
@@ -76,9 +83,9 @@ def test_pairing_by_round_keeps_the_interval_narrow_when_rounds_are_disturbed_to
 
 def test_drawing_sessions_keeps_the_interval_honest_when_every_session_has_its_own_speed() -> None:
     aware = coverage(1.0, 100, sessions=5, own=0.03)
-    naive = np.mean([
-        ratio_of_medians(*drawn(1.0, seed, sessions=5, own=0.03), resamples=400).holds_one for seed in range(100)
-    ])
+    naive = np.mean(
+        [ratio_of_medians(*drawn(1.0, seed, sessions=5, own=0.03), resamples=400).holds_one for seed in range(100)]
+    )
     assert aware >= 0.85 > naive + 0.1
 
 
@@ -93,14 +100,17 @@ def test_rounds_that_do_not_divide_into_sessions_are_refused() -> None:
         ratio_of_medians(np.ones((5, 1)), np.ones((5, 1)), sessions=2)
 
 
-@pytest.mark.parametrize(("ratio", "again", "expected"), [
-    (Ratio(0.70, 0.68, 0.72), Ratio(1.00, 0.99, 1.01), "faster"),
-    (Ratio(1.30, 1.20, 1.40), Ratio(1.00, 0.99, 1.01), "slower"),
-    (Ratio(0.99, 0.97, 1.01), Ratio(1.00, 0.99, 1.01), "no measurable change"),
-    (Ratio(0.97, 0.96, 0.98), Ratio(1.05, 1.04, 1.06), "no measurable change"),  # 0.98 * 1.05 > 1
-    (Ratio(0.97, 0.96, 0.98), Ratio(0.95, 0.94, 0.96), "no measurable change"),  # a deviation counts either way
-    (Ratio(0.90, 0.89, 0.91), Ratio(1.05, 1.04, 1.06), "faster"),
-])
+@pytest.mark.parametrize(
+    ("ratio", "again", "expected"),
+    [
+        (Ratio(0.70, 0.68, 0.72), Ratio(1.00, 0.99, 1.01), "faster"),
+        (Ratio(1.30, 1.20, 1.40), Ratio(1.00, 0.99, 1.01), "slower"),
+        (Ratio(0.99, 0.97, 1.01), Ratio(1.00, 0.99, 1.01), "no measurable change"),
+        (Ratio(0.97, 0.96, 0.98), Ratio(1.05, 1.04, 1.06), "no measurable change"),  # 0.98 * 1.05 > 1
+        (Ratio(0.97, 0.96, 0.98), Ratio(0.95, 0.94, 0.96), "no measurable change"),  # a deviation counts either way
+        (Ratio(0.90, 0.89, 0.91), Ratio(1.05, 1.04, 1.06), "faster"),
+    ],
+)
 def test_verdict_asks_whether_the_change_exceeds_the_baselines_own_deviation(
     ratio: Ratio, again: Ratio, expected: str
 ) -> None:

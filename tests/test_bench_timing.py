@@ -119,7 +119,7 @@ def test_order_is_fresh_in_every_round_and_favours_no_place() -> None:
 
 def test_recorded_order_is_the_order_the_models_ran_in(three: FakeRuntime) -> None:
     samples = measured(three, sessions=1, rounds=6, calls=2).samples
-    played = three.log[-6 * 4 * 3:]  # per model and round: one untimed and two timed calls
+    played = three.log[-6 * 4 * 3 :]  # per model and round: one untimed and two timed calls
     blocks = [played[i][0] for i in range(0, len(played), 3)]
     recorded = [samples.names[i].removesuffix(" (again)") for i in samples.order.ravel()]
     assert blocks == recorded
@@ -134,7 +134,7 @@ def test_same_seed_repeats_the_order_and_another_does_not(three: FakeRuntime) ->
 def test_models_are_loaded_afresh_in_every_session_in_changing_order(three: FakeRuntime) -> None:
     measured(three, sessions=6, rounds=1, calls=1)
     assert len(three.loaded) == 24
-    assert len({tuple(three.loaded[i:i + 4]) for i in range(0, 24, 4)}) > 1
+    assert len({tuple(three.loaded[i : i + 4]) for i in range(0, 24, 4)}) > 1
 
 
 def test_figures_follow_from_the_clock(three: FakeRuntime) -> None:
@@ -234,15 +234,18 @@ def test_schedule_of_slow_models_keeps_enough_rounds_and_wastes_no_call() -> Non
     assert (schedule.calls, schedule.settle) == (1, False)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"candidates": {}}, "no model to time"),
-    ({"candidates": {"a (again)": "a"}}, "cannot name a model"),
-    ({"inputs": {}}, "first dimension"),
-    ({"inputs": {"x": np.zeros((0, 4))}}, "first dimension"),
-    ({"seconds": 0.0}, "seconds must be positive"),
-    ({"rounds": 0}, "rounds must be at least 1"),
-    ({"sessions": 0}, "sessions must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"candidates": {}}, "no model to time"),
+        ({"candidates": {"a (again)": "a"}}, "cannot name a model"),
+        ({"inputs": {}}, "first dimension"),
+        ({"inputs": {"x": np.zeros((0, 4))}}, "first dimension"),
+        ({"seconds": 0.0}, "seconds must be positive"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"sessions": 0}, "sessions must be at least 1"),
+    ],
+)
 def test_a_comparison_that_cannot_be_made_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         measure(**{"candidates": {"dense": "dense"}, "inputs": X, **change})
@@ -279,10 +282,18 @@ def test_raw_samples_are_saved_and_reloaded_exactly(three: FakeRuntime, tmp_path
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "raw.json").read_bytes()
 
 
-@pytest.mark.parametrize("change", [
-    {"_version": 2}, {"_type": "plan"}, {"names": ["dense"]}, {"ns": [[1], [2, 3]]}, {"order": [[0, 1]]},
-    {"sessions": 2}, {"ns": None},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_version": 2},
+        {"_type": "plan"},
+        {"names": ["dense"]},
+        {"ns": [[1], [2, 3]]},
+        {"order": [[0, 1]]},
+        {"sessions": 2},
+        {"ns": None},
+    ],
+)
 def test_damaged_samples_are_refused(three: FakeRuntime, tmp_path: Path, change: dict[str, Any]) -> None:
     report = measured(three, sessions=1, rounds=3, calls=2)
     (tmp_path / "raw.json").write_text(json.dumps({**report.samples.to_json(), **change}))

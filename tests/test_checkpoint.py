@@ -89,9 +89,11 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_listed_at_once(saved):
     with pytest.raises(ArtifactError) as caught:
         load_pruned(saved[1])
     assert caught.value.problems == (
-        "missing: head.bias", "unexpected: head.extra",
+        "missing: head.bias",
+        "unexpected: head.extra",
         "blocks.0.mlp.fc1.bias: the file has shape (96,), the model (64,)",
-        "blocks.1.mlp.fc1.bias: the file has shape (95,), the model (64,)")
+        "blocks.1.mlp.fc1.bias: the file has shape (95,), the model (64,)",
+    )
 
 
 def test_weights_of_another_type_are_refused(saved):
@@ -117,8 +119,21 @@ def test_missing_file_is_named(saved, name):
 
 
 def test_plan_of_another_model_is_refused(saved):
-    write_json(saved[1] / "architecture.json", {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": {
-        "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "mlp_ratio": 2.0}})
+    write_json(
+        saved[1] / "architecture.json",
+        {
+            "library": "timm",
+            "name": "vit_tiny_patch16_224",
+            "arguments": {
+                "img_size": 32,
+                "patch_size": 8,
+                "embed_dim": 48,
+                "depth": 1,
+                "num_heads": 3,
+                "mlp_ratio": 2.0,
+            },
+        },
+    )
     with pytest.raises(ArtifactError, match=r"does not fit the architecture(.|\n)*blocks.1.attn: no such site"):
         load_pruned(saved[1])
 
@@ -171,8 +186,14 @@ def test_extra_files_and_tokenizer_are_kept(tiny_vit, tmp_path):
     _, plan = make_plan(tiny_vit)
     (tmp_path / "labels.txt").write_text("cat\n")
     small = compact(tiny_vit, plan)
-    directory = save_pruned(small, plan, tmp_path / "c", base_model="m", tokenizer=Tokenizer(),
-                            extra={"labels.txt": tmp_path / "labels.txt"})
+    directory = save_pruned(
+        small,
+        plan,
+        tmp_path / "c",
+        base_model="m",
+        tokenizer=Tokenizer(),
+        extra={"labels.txt": tmp_path / "labels.txt"},
+    )
     assert (directory / "labels.txt").read_text() == "cat\n"
     assert (directory / "tokenizer/vocab.txt").exists()
     with pytest.raises(UsageError, match=r"plan.json"):

@@ -62,8 +62,9 @@ def test_output_file_holds_every_raw_timing(bundle: Path, tmp_path: Path) -> Non
     assert json.loads(json.dumps(report.to_json())) == cell
 
 
-def test_failed_self_check_marks_every_row(bundle: Path, capsys: pytest.CaptureFixture[str],
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_self_check_marks_every_row(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bench.report.LatencyReport.trusted", property(lambda self: False))
     assert run_command(["bench", str(bundle), *QUICK]) == 0
     out = capsys.readouterr().out
@@ -78,19 +79,26 @@ def test_text_model_gets_a_sequence_of_128_unless_told(tmp_path: Path, capsys: p
         assert [cell["sequence"] for cell in json.loads(capsys.readouterr().out)["cells"]] == lengths
 
 
-@pytest.mark.parametrize(("options", "code", "words"), [
-    (["--batch", "0"], 2, "--batch"),
-    (["--batch", "1,x"], 2, "--batch"),
-    (["--batch", "-1"], 2, "--batch"),
-    (["--batch", "2,2"], 2, "--batch"),
-    (["--seq", "8"], 2, "no input has a dynamic sequence"),
-    (["--threads", "0"], 2, "--threads"),
-    (["--seconds", "0"], 2, "--seconds"),
-    (["--seconds", "nan"], 2, "--seconds"),
-    (["--runtime", "ort-cpi"], 2, "Did you mean 'ort-cpu'"),
-])
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--batch", "0"], 2, "--batch"),
+        (["--batch", "1,x"], 2, "--batch"),
+        (["--batch", "-1"], 2, "--batch"),
+        (["--batch", "2,2"], 2, "--batch"),
+        (["--seq", "8"], 2, "no input has a dynamic sequence"),
+        (["--threads", "0"], 2, "--threads"),
+        (["--seconds", "0"], 2, "--seconds"),
+        (["--seconds", "nan"], 2, "--seconds"),
+        (["--runtime", "ort-cpi"], 2, "Did you mean 'ort-cpu'"),
+    ],
+)
 def test_wrong_request_is_refused_before_anything_is_timed(
-    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], code: int,
+    bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    code: int,
     words: str,
 ) -> None:
     monkeypatch.setattr("bench.timing.measure", lambda *a, **k: pytest.fail("timed"))

@@ -16,8 +16,9 @@ REF = "python:deploy_prune.demo:digits_vit"
 
 def test_demo_model_reads_digits_and_its_shell_needs_no_training() -> None:
     model = load_model(REF)
-    task = load_task("image-classification", model=model, model_ref=REF, calibration="digits:train",
-                     evaluation="digits:test")
+    task = load_task(
+        "image-classification", model=model, model_ref=REF, calibration="digits:train", evaluation="digits:test"
+    )
     quality = task.evaluate(lambda inputs: task.signature.call(model, inputs))
     assert quality.value >= 0.96
     assert task.signature.inputs[0].shape == ("batch", 1, 8, 8)

@@ -15,9 +15,24 @@ from deploy_prune.release.manifest import LatencyEntry, Manifest, RatioEntry, ch
 
 RATIO = {"value": 0.7, "low": 0.6, "high": 0.8}
 CELL = {
-    "runtime": "ort-cpu", "device": "some CPU", "batch": 8, "self_check": {"result": "passed", **RATIO},
-    "latencies": [{"name": "dense", "p50_ms": 1.0, "p90_ms": 1.2, "p99_ms": 2.0, "mean_ms": 1.1, "throughput": 7000.0,
-                   "ratio": RATIO, "verdict": "faster", "stable": True, "speedup": 1.4}],
+    "runtime": "ort-cpu",
+    "device": "some CPU",
+    "batch": 8,
+    "self_check": {"result": "passed", **RATIO},
+    "latencies": [
+        {
+            "name": "dense",
+            "p50_ms": 1.0,
+            "p90_ms": 1.2,
+            "p99_ms": 2.0,
+            "mean_ms": 1.1,
+            "throughput": 7000.0,
+            "ratio": RATIO,
+            "verdict": "faster",
+            "stable": True,
+            "speedup": 1.4,
+        }
+    ],
 }
 
 
@@ -81,12 +96,17 @@ def test_member_named_twice_and_file_not_listed_are_refused(bundle):
         Manifest.load(edited(bundle, change))
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "not valid JSON"), ("[]", "not a manifest"), ('{"_type": "PrunePlan"}', "not a manifest"),
-    ('{"_type": "Bundle", "_version": 99}', "unknown manifest version"),
-    ('{"_type": "Bundle", "_version": 1, "x": NaN}', "not a valid manifest"),
-    ('{"_type": "Bundle", "_version": 1, "x": "\\ud800"}', "not a valid manifest"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a manifest"),
+        ('{"_type": "PrunePlan"}', "not a manifest"),
+        ('{"_type": "Bundle", "_version": 99}', "unknown manifest version"),
+        ('{"_type": "Bundle", "_version": 1, "x": NaN}', "not a valid manifest"),
+        ('{"_type": "Bundle", "_version": 1, "x": "\\ud800"}', "not a valid manifest"),
+    ],
+)
 def test_other_content_is_refused(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ArtifactError, match=message):
@@ -110,8 +130,10 @@ def test_not_a_number_is_never_published(bundle):
 
 def test_bench_cells_become_one_line_per_member():
     entry = latency_entries([CELL, {**CELL, "sequence": 128}])["dense"]
-    assert [(e.runtime, e.batch, e.sequence, e.trusted) for e in entry] == [("ort-cpu", 8, None, True),
-                                                                           ("ort-cpu", 8, 128, True)]
+    assert [(e.runtime, e.batch, e.sequence, e.trusted) for e in entry] == [
+        ("ort-cpu", 8, None, True),
+        ("ort-cpu", 8, 128, True),
+    ]
     assert isinstance(entry[0], LatencyEntry) and entry[0].ratio.low == 0.6
 
 

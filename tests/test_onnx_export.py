@@ -53,7 +53,11 @@ def test_embedding_with_mean_pooling_equals_torch_and_names_what_it_does_not_rea
     for batch, sequence in OFF_TRACE:
         agree(tiny_bert, EMBEDDING, path, batch, sequence, padding=True)
     assert set(report.initializers.unused) == {
-        "bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_eager_attention_exports_as_well(tiny_bert, tmp_path):
@@ -103,8 +107,15 @@ def test_tied_embeddings_are_stored_once(tiny_llama):
 def test_untied_output_layer_is_stored_beside_the_embedding(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, intermediate_size=24, tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config).eval()
     report = onnx_export.export_onnx(model, tmp_path / "untied.onnx", SIGNATURES["tiny_llama"])
     assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
@@ -117,8 +128,9 @@ def test_only_standard_operators_and_named_dynamic_dimensions(case):
     assert {node.domain for node in proto.graph.node} == {""}
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
     assert not proto.functions
-    for spec, value in zip((*signature.inputs, signature.output), (*proto.graph.input, *proto.graph.output),
-                           strict=True):
+    for spec, value in zip(
+        (*signature.inputs, signature.output), (*proto.graph.input, *proto.graph.output), strict=True
+    ):
         dims = value.type.tensor_type.shape.dim
         assert (value.name, tuple(d.dim_param or d.dim_value for d in dims)) == (spec.name, spec.shape)
     assert (report.bytes, report.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -146,8 +158,14 @@ for name in ("tiny_llama",):
 
 def test_another_process_writes_the_same_bytes(tiny_llama, tmp_path):
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    result = subprocess.run([sys.executable, "-c", _IN_ANOTHER_PROCESS, str(ROOT), str(tmp_path)], text=True,
-                            capture_output=True, env=environment, cwd=tmp_path, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(ROOT), str(tmp_path)],
+        text=True,
+        capture_output=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [exported("tiny_llama", tiny_llama)[1].sha256]
     assert result.stderr == ""
@@ -191,8 +209,11 @@ class _Branching(_Frozen):
         return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
 
 
-_TOY = Signature((TensorSpec("x", "float32", ("batch", 4)),), TensorSpec("y", "float32", ("batch", 2)),
-                 lambda model, inputs: model(inputs["x"]))
+_TOY = Signature(
+    (TensorSpec("x", "float32", ("batch", 4)),),
+    TensorSpec("y", "float32", ("batch", 2)),
+    lambda model, inputs: model(inputs["x"]),
+)
 
 
 @pytest.mark.parametrize("module", [_Frozen, _Branching])
@@ -214,8 +235,10 @@ def test_half_precision_weights_are_refused(tmp_path):
         onnx_export.export_onnx(_Frozen().half(), tmp_path / "toy.onnx", _TOY)
 
 
-@pytest.mark.parametrize(("kv", "mask", "causal"), [(4, "none", False), (4, "none", True), (2, "bool", False),
-                                                   (2, "float", False), (2, "none", True)])
+@pytest.mark.parametrize(
+    ("kv", "mask", "causal"),
+    [(4, "none", False), (4, "none", True), (2, "bool", False), (2, "float", False), (2, "none", True)],
+)
 def test_attention_translation_equals_torch(kv, mask, causal, tmp_path):
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -225,19 +248,27 @@ def test_attention_translation_equals_torch(kv, mask, causal, tmp_path):
         def forward(self, q, k, m):
             m = {"none": None, "bool": m > 0, "float": m}[mask]
             return torch.nn.functional.scaled_dot_product_attention(
-                self.layer(q), k, 2 * k, attn_mask=m, is_causal=causal, enable_gqa=kv != 4)
+                self.layer(q), k, 2 * k, attn_mask=m, is_causal=causal, enable_gqa=kv != 4
+            )
 
     signature = Signature(
-        (TensorSpec("q", "float32", ("batch", 4, "sequence", 8)), TensorSpec("k", "float32", ("batch", kv, 6, 8)),
-         TensorSpec("m", "float32", ("batch", 1, "sequence", 6))),
-        TensorSpec("out", "float32", ("batch", 4, "sequence", 8)), lambda model, x: model(x["q"], x["k"], x["m"]))
+        (
+            TensorSpec("q", "float32", ("batch", 4, "sequence", 8)),
+            TensorSpec("k", "float32", ("batch", kv, 6, 8)),
+            TensorSpec("m", "float32", ("batch", 1, "sequence", 6)),
+        ),
+        TensorSpec("out", "float32", ("batch", 4, "sequence", 8)),
+        lambda model, x: model(x["q"], x["k"], x["m"]),
+    )
     model = Attention().eval()
     if mask == "none":  # an unused input is dropped by no one, yet the tracer needs it read
-        signature = Signature(signature.inputs, signature.output,
-                              lambda model, x: model(x["q"], x["k"], x["m"]) + 0 * x["m"].sum())
+        signature = Signature(
+            signature.inputs, signature.output, lambda model, x: model(x["q"], x["k"], x["m"]) + 0 * x["m"].sum()
+        )
     onnx_export.export_onnx(model, tmp_path / "a.onnx", signature)
     inputs = signature.random_inputs({"batch": 3, "sequence": 5}, seed=0)
     inputs["m"][..., 0] = 1.0  # a boolean mask must leave every row something to attend to
     with torch.no_grad():
-        torch.testing.assert_close(run_onnx(tmp_path / "a.onnx", inputs), signature.call(model, inputs),
-                                   rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            run_onnx(tmp_path / "a.onnx", inputs), signature.call(model, inputs), rtol=1e-5, atol=1e-6
+        )

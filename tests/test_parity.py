@@ -38,6 +38,7 @@ def masked_form(model, sites, plan, signature):
     def form(inputs):
         with masked(model, sites, plan):
             return signature.call(model, inputs)
+
     return form
 
 
@@ -47,11 +48,15 @@ def test_masked_compact_and_onnx_agree(name, request, tmp_path):
     sites, plan = make_plan(model)
     small = compact(model, plan)
     export_onnx(small, tmp_path / "small.onnx", signature)
-    report = check_parity({"masked": masked_form(model, sites, plan, signature), "compact": small,
-                           "onnx": tmp_path / "small.onnx"}, signature)
+    report = check_parity(
+        {"masked": masked_form(model, sites, plan, signature), "compact": small, "onnx": tmp_path / "small.onnx"},
+        signature,
+    )
     assert [(p.reference, p.candidate) for p in report.pairs] == [("masked", "compact"), ("compact", "onnx")]
-    assert all(p.agreement == 1.0 and p.error <= p.tolerance and len(p.checks) == len(parity_sizes(signature))
-               for p in report.pairs)
+    assert all(
+        p.agreement == 1.0 and p.error <= p.tolerance and len(p.checks) == len(parity_sizes(signature))
+        for p in report.pairs
+    )
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["pairs"][1]["candidate"] == "onnx"
 
 
@@ -63,8 +68,9 @@ def vit(tiny_vit):
 
 def test_real_examples_are_compared_beside_made_up_inputs(vit):
     model, path, signature = vit
-    report = check_parity({"torch": model, "onnx": path}, signature, sizes=[{"batch": 1}],
-                          examples=[{"images": torch.ones(4, 3, 32, 32)}])
+    report = check_parity(
+        {"torch": model, "onnx": path}, signature, sizes=[{"batch": 1}], examples=[{"images": torch.ones(4, 3, 32, 32)}]
+    )
     assert [check.sizes for check in report.pairs[0].checks] == [{"batch": 1}, {"batch": 4}]
 
 
@@ -102,12 +108,13 @@ def test_corrupted_weight_too_small_to_show_in_the_outputs_is_caught(vit, tmp_pa
 def swap_heads(layer, width):
     with torch.no_grad():
         first = layer.weight[:, :width].clone()
-        layer.weight[:, :width] = layer.weight[:, width:2 * width]
-        layer.weight[:, width:2 * width] = first
+        layer.weight[:, :width] = layer.weight[:, width : 2 * width]
+        layer.weight[:, width : 2 * width] = first
 
 
-@pytest.mark.parametrize(("name", "output"), [("tiny_vit", "blocks.0.attn.proj"),
-                                              ("tiny_llama", "model.layers.1.self_attn.o_proj")])
+@pytest.mark.parametrize(
+    ("name", "output"), [("tiny_vit", "blocks.0.attn.proj"), ("tiny_llama", "model.layers.1.self_attn.o_proj")]
+)
 def test_swapped_heads_are_caught(name, output, request):
     model, signature = request.getfixturevalue(name), SIGNATURES[name]
     sites, plan = make_plan(model)
@@ -164,6 +171,7 @@ def test_only_unpadded_positions_count(tiny_llama):
         def form(inputs):
             output = signature.call(tiny_llama, inputs)
             return output + where(inputs["attention_mask"]).unsqueeze(-1)
+
         return form
 
     size = [{"batch": 3, "sequence": 9}]

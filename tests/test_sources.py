@@ -120,7 +120,10 @@ def test_every_misfitting_key_is_listed_at_once(weights: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         load_model(changed(weights, edit))
     assert caught.value.problems == (
-        "missing: norm.bias", "unexpected: stranger", "head.bias: the file has shape (7,), the model (5,)")
+        "missing: norm.bias",
+        "unexpected: stranger",
+        "head.bias: the file has shape (7,), the model (5,)",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

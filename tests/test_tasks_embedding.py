@@ -28,8 +28,9 @@ def folder(saved: Save, tiny_bert: nn.Module) -> Path:
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds]
     (made / "modules.json").write_text(json.dumps(modules))
     (made / "1_Pooling").mkdir()
-    (made / "1_Pooling" / "config.json").write_text(json.dumps(
-        {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}))
+    (made / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True})
+    )
     (made / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
     return made
 
@@ -42,8 +43,9 @@ def pairs(count: int = 9) -> Examples:
 
 def task_of(folder: Path, data: Examples, **options: Any) -> tuple[nn.Module, Task]:
     model = load_model(f"hf:{folder}")
-    task = load_task("sentence-embedding", model=model, model_ref=f"hf:{folder}", calibration=data, evaluation=data,
-                     **options)
+    task = load_task(
+        "sentence-embedding", model=model, model_ref=f"hf:{folder}", calibration=data, evaluation=data, **options
+    )
     return model, task
 
 
@@ -53,8 +55,9 @@ def test_embedding_is_the_unit_mean_over_real_tokens(folder: Path) -> None:
     output = task.signature.call(model, batch.inputs)
     torch.testing.assert_close(output.norm(dim=1), torch.ones(18))
     width = int(batch.inputs["attention_mask"][0].sum())
-    alone = model(input_ids=batch.inputs["input_ids"][:1, :width],
-                  attention_mask=torch.ones(1, width, dtype=torch.int64)).last_hidden_state.mean(1)
+    alone = model(
+        input_ids=batch.inputs["input_ids"][:1, :width], attention_mask=torch.ones(1, width, dtype=torch.int64)
+    ).last_hidden_state.mean(1)
     torch.testing.assert_close(output[:1], alone / alone.norm(), rtol=1e-4, atol=1e-5)
 
 

@@ -24,8 +24,9 @@ def noise(count: int = 10, size: int = 40, classes: int = 5) -> Examples:
 
 
 def task_of(model: nn.Module, data: Examples, **options: Any) -> Task:
-    return load_task("image-classification", model=model, model_ref="made", calibration=data, evaluation=data,
-                     **options)
+    return load_task(
+        "image-classification", model=model, model_ref="made", calibration=data, evaluation=data, **options
+    )
 
 
 def test_pixels_equal_those_of_timms_own_transform(tiny_vit: nn.Module) -> None:

@@ -34,8 +34,12 @@ def test_windows_without_overlap_judge_all_but_their_first_token(saved: Save, ti
 
 def test_stride_judges_every_token_once(saved: Save, tiny_llama: nn.Module) -> None:
     task = task_of(tiny_llama, saved(tiny_llama), text(50), length=16, stride=5)
-    judged = [token for batch in task.evaluation(3) if batch.target is not None
-              for token in batch.target[batch.target != -100].tolist()]
+    judged = [
+        token
+        for batch in task.evaluation(3)
+        if batch.target is not None
+        for token in batch.target[batch.target != -100].tolist()
+    ]
     assert judged == [4 + (i * i) % 95 for i in range(1, 50)]
 
 
@@ -72,8 +76,9 @@ def test_loss_is_the_mean_over_judged_tokens_and_differentiable(saved: Save, tin
     assert loss.shape == (3,)
     loss.sum().backward()
     quality = task.evaluate(lambda inputs: task.signature.call(tiny_llama, inputs))
-    mean = np.concatenate([task.loss(task.signature.call(tiny_llama, b.inputs), b).detach().numpy()
-                           for b in task.evaluation(2)])
+    mean = np.concatenate(
+        [task.loss(task.signature.call(tiny_llama, b.inputs), b).detach().numpy() for b in task.evaluation(2)]
+    )
     np.testing.assert_allclose(quality.per_example[:, 0] / quality.per_example[:, 1], mean, rtol=1e-5)
 
 

@@ -45,4 +45,9 @@ def test_drop_counts_in_the_direction_that_hurts() -> None:
 def test_json_leaves_out_values_per_example() -> None:
     quality = Quality("top1", 0.5, 2, (0.1, 0.9), True, np.array([0.0, 1.0]))
     assert quality.to_json() == {
-        "metric": "top1", "value": 0.5, "n": 2, "interval": [0.1, 0.9], "higher_is_better": True}
+        "metric": "top1",
+        "value": 0.5,
+        "n": 2,
+        "interval": [0.1, 0.9],
+        "higher_is_better": True,
+    }

@@ -23,8 +23,9 @@ def sentences(count: int = 12, classes: int = 2) -> Examples:
 
 
 def task_of(model: nn.Module, folder: Path, data: Examples, **options: Any) -> Task:
-    return load_task("text-classification", model=model, model_ref=f"hf:{folder}", calibration=data, evaluation=data,
-                     **options)
+    return load_task(
+        "text-classification", model=model, model_ref=f"hf:{folder}", calibration=data, evaluation=data, **options
+    )
 
 
 def test_rows_are_padded_on_the_right_under_a_mask(saved: Save, tiny_distilbert: nn.Module) -> None:
@@ -84,15 +85,22 @@ def test_one_text_needs_no_segments_and_a_pair_does(saved: Save, tiny_bert: nn.M
 def test_pairs_and_single_texts_do_not_mix(saved: Save, tiny_bert: nn.Module) -> None:
     pairs = Examples("pairs", {"text": ["w1"], "text2": ["w3"], "label": [2]})
     with pytest.raises(DataError, match="pairs"):
-        load_task("text-classification", model=tiny_bert, model_ref=f"hf:{saved(tiny_bert)}", calibration=pairs,
-                  evaluation=sentences())
+        load_task(
+            "text-classification",
+            model=tiny_bert,
+            model_ref=f"hf:{saved(tiny_bert)}",
+            calibration=pairs,
+            evaluation=sentences(),
+        )
 
 
 def test_rows_are_cut_at_the_least_limit(saved: Save, tiny_distilbert: nn.Module) -> None:
     long = Examples("long", {"text": ["w1 " * 100], "label": [0]})
     folder = saved(tiny_distilbert)
-    widths = [next(task_of(tiny_distilbert, folder, long, **options).evaluation(1)).inputs["input_ids"].shape[1]
-              for options in ({}, {"max_length": 9})]
+    widths = [
+        next(task_of(tiny_distilbert, folder, long, **options).evaluation(1)).inputs["input_ids"].shape[1]
+        for options in ({}, {"max_length": 9})
+    ]
     assert widths == [40, 9]
     with pytest.raises(UsageError, match="max_length"):
         task_of(tiny_distilbert, folder, long, max_length=1)

@@ -49,16 +49,29 @@ sys.exit(code)
 
 
 def test_command_verifies_in_a_process_without_torch(bundle):
-    result = subprocess.run([sys.executable, "-c", _NO_TORCH, str(bundle)], capture_output=True, text=True, cwd=ROOT,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", _NO_TORCH, str(bundle)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert [member["name"] for member in json.loads(result.stdout)["members"]] == ["dense", "s02"]
 
 
 def test_flipped_byte_in_any_file_is_caught(bundle):
     names = [name for name, _ in walk(bundle)]
-    assert {"manifest.json", "README.md", "models/s02.onnx", "samples/dense.safetensors", "plans/s02.json",
-            "checkpoints/s02/model.safetensors", "checkpoints/s02/checkpoint.json"} <= set(names)
+    assert {
+        "manifest.json",
+        "README.md",
+        "models/s02.onnx",
+        "samples/dense.safetensors",
+        "plans/s02.json",
+        "checkpoints/s02/model.safetensors",
+        "checkpoints/s02/checkpoint.json",
+    } <= set(names)
     chance = random.Random(0)
     for name in names:
         path = bundle / name
@@ -88,18 +101,27 @@ def test_missing_foreign_truncated_and_linked_files_are_listed_at_once(bundle, t
     with pytest.raises(ArtifactError) as caught:
         verify(bundle)
     assert sorted(problem.split(",")[0] for problem in caught.value.problems) == [
-        "README.md: is a symbolic link; a bundle holds plain files", "extra.txt: is not in the manifest",
-        "linked: is a symbolic link; a bundle holds plain files", "models/dense.onnx: has 5 bytes",
-        "pipe: is not a plain file", "plans/s02.json: is missing"]
+        "README.md: is a symbolic link; a bundle holds plain files",
+        "extra.txt: is not in the manifest",
+        "linked: is a symbolic link; a bundle holds plain files",
+        "models/dense.onnx: has 5 bytes",
+        "pipe: is not a plain file",
+        "plans/s02.json: is missing",
+    ]
 
 
 def rehash(bundle, change=lambda manifest: {}, **members):
     """Write the manifest anew over changed files, as an honest builder of a wrong bundle would have."""
     manifest = Manifest.load(bundle / "manifest.json")
-    files = {name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
-             for name, path in walk(bundle) if name != "manifest.json"}
-    updated = [m.model_copy(update={"sha256": files[m.file].sha256, "bytes": files[m.file].bytes,
-                                    **members.get(m.name, {})}) for m in manifest.members]
+    files = {
+        name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for name, path in walk(bundle)
+        if name != "manifest.json"
+    }
+    updated = [
+        m.model_copy(update={"sha256": files[m.file].sha256, "bytes": files[m.file].bytes, **members.get(m.name, {})})
+        for m in manifest.members
+    ]
     manifest.model_copy(update={"files": files, "members": updated, **change(manifest)}).save(bundle / "manifest.json")
 
 
@@ -160,8 +182,11 @@ def test_graph_that_is_not_as_the_manifest_says_is_refused(bundle):
     with pytest.raises(ArtifactError) as caught:
         verify(bundle)
     text = str(caught.value)
-    for words in ("the manifest says [('images', 'float32', ['batch', 3, 32, 32])]", "operators of com.microsoft",
-                  "not of opset 19"):
+    for words in (
+        "the manifest says [('images', 'float32', ['batch', 3, 32, 32])]",
+        "operators of com.microsoft",
+        "not of opset 19",
+    ):
         assert words in text
 
 
@@ -197,8 +222,7 @@ def test_data_beside_the_graph_is_checked_as_the_graph_is(bundle):
     path = bundle / "models/dense.onnx"
     onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="dense.onnx.data", size_threshold=1024)
     data = path.with_name("dense.onnx.data")
-    rehash(bundle, dense={"external": "models/dense.onnx.data",
-                          "bytes": path.stat().st_size + data.stat().st_size})
+    rehash(bundle, dense={"external": "models/dense.onnx.data", "bytes": path.stat().st_size + data.stat().st_size})
     verify(bundle)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1

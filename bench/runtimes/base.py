@@ -52,9 +52,13 @@ class Session(ABC):
     def check_names(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Raises UsageError unless exactly the model's inputs are given."""
         if set(inputs) != set(self.input_names):
-            raise UsageError("the inputs are not those of the model", where=self.name,
-                             expected=", ".join(self.input_names), got=", ".join(inputs) or "none",
-                             remedy="All models of one comparison must take the same inputs.")
+            raise UsageError(
+                "the inputs are not those of the model",
+                where=self.name,
+                expected=", ".join(self.input_names),
+                got=", ".join(inputs) or "none",
+                remedy="All models of one comparison must take the same inputs.",
+            )
 
 
 class Runtime(ABC):

@@ -42,7 +42,9 @@ def create(
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except _ort_errors() as error:
         raise ArtifactError(
-            "ONNX Runtime cannot load this model", where=str(path), got=_first_line(error),
+            "ONNX Runtime cannot load this model",
+            where=str(path),
+            got=_first_line(error),
             remedy="Is it a whole ONNX file, with its external data beside it? Write it again.",
         ) from error
 
@@ -115,7 +117,9 @@ class OrtSession(Session):
         except refusals as error:
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
             raise UsageError(
-                "the model does not run on these inputs", where=self.name, got=f"{shapes}: {_first_line(error)}",
+                "the model does not run on these inputs",
+                where=self.name,
+                got=f"{shapes}: {_first_line(error)}",
                 remedy="Choose a batch and sequence size the model was exported for.",
             ) from error
 

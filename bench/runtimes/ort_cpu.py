@@ -37,8 +37,12 @@ class OrtCpu(Runtime):
         path, count = Path(onnx_path), thread_count(threads)
         session = create(path, [(PROVIDER, {})], session_options(count))
         if session.get_providers() != [PROVIDER]:
-            raise UnavailableError("the model was not given to the CPU provider", where=path.name, expected=PROVIDER,
-                                   got=", ".join(session.get_providers()))
+            raise UnavailableError(
+                "the model was not given to the CPU provider",
+                where=path.name,
+                expected=PROVIDER,
+                got=", ".join(session.get_providers()),
+            )
         facts = {"runtime": self.name, "device": cpu_model(), "options": describe_options(count)}
         return OrtSession(path, session, device="cpu", facts=facts)
 
@@ -68,5 +72,10 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
 
 def describe_options(threads: int) -> dict[str, Any]:
     """Every option `session_options` sets, as JSON; the rest are ORT's defaults."""
-    return {"intra_op_num_threads": threads, "inter_op_num_threads": 1, "execution_mode": "sequential",
-            "graph_optimization_level": "all", **CONFIG}
+    return {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "execution_mode": "sequential",
+        "graph_optimization_level": "all",
+        **CONFIG,
+    }

@@ -54,8 +54,13 @@ class OrtCuda(Runtime):
                 options.enable_profiling, options.profile_file_prefix = True, profile
             return create(path, [(PROVIDER, PROVIDER_OPTIONS)], options)
 
-        facts = {"runtime": self.name, "device": gpu_name() or "unknown GPU", "options": describe_options(count),
-                 "provider_options": PROVIDER_OPTIONS, "io_binding": "inputs and outputs on the device"}
+        facts = {
+            "runtime": self.name,
+            "device": gpu_name() or "unknown GPU",
+            "options": describe_options(count),
+            "provider_options": PROVIDER_OPTIONS,
+            "io_binding": "inputs and outputs on the device",
+        }
         try:
             loaded = session(strict=True)
             refuse_other_provider(path, loaded)
@@ -65,15 +70,26 @@ class OrtCuda(Runtime):
             # decided by the placement of every node, at the first inputs.
             loaded = session()
         refuse_other_provider(path, loaded)
-        return OrtSession(path, loaded, device="cuda", facts=facts, profiled=lambda prefix: session(profile=prefix),
-                          check=lambda placement: refuse_host_nodes(path, placement))
+        return OrtSession(
+            path,
+            loaded,
+            device="cuda",
+            facts=facts,
+            profiled=lambda prefix: session(profile=prefix),
+            check=lambda placement: refuse_host_nodes(path, placement),
+        )
 
 
 def refuse_other_provider(path: Path, session: onnxruntime.InferenceSession) -> None:
     """Raises UnavailableError when ORT made a session without the CUDA provider, which it does without an error."""
     if PROVIDER not in session.get_providers():
-        raise UnavailableError("ONNX Runtime put the model on the CPU although the GPU was asked for", where=path.name,
-                               expected=PROVIDER, got=", ".join(session.get_providers()), remedy=OrtCuda.remedy)
+        raise UnavailableError(
+            "ONNX Runtime put the model on the CPU although the GPU was asked for",
+            where=path.name,
+            expected=PROVIDER,
+            got=", ".join(session.get_providers()),
+            remedy=OrtCuda.remedy,
+        )
 
 
 def refuse_host_nodes(path: Path, placement: Placement) -> None:
@@ -83,8 +99,10 @@ def refuse_host_nodes(path: Path, placement: Placement) -> None:
         shown = [f"{node.name} ({node.op}): {node.provider}" for node in strays[:20]]
         more = [f"... and {len(strays) - 20} more"] if len(strays) > 20 else []
         raise UnavailableError(
-            f"{len(strays)} of {len(placement.nodes)} nodes would not run on the GPU", where=path.name,
-            problems=shown + more, expected=f"all but shape arithmetic on {PROVIDER}",
+            f"{len(strays)} of {len(placement.nodes)} nodes would not run on the GPU",
+            where=path.name,
+            problems=shown + more,
+            expected=f"all but shape arithmetic on {PROVIDER}",
             remedy="This ONNX Runtime has no CUDA kernel for them: install a newer onnxruntime-gpu, or export with "
             "another opset or precision.",
         )

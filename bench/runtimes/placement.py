@@ -44,6 +44,7 @@ class Placement:
 
     def to_json(self) -> dict[str, int]:
         """Counts: {"CUDAExecutionProvider": 212, "CPUExecutionProvider (shapes)": 9}."""
+
         def label(node: Node) -> str:
             host_shapes = node.shape_arithmetic and node.provider == "CPUExecutionProvider"
             return node.provider + (" (shapes)" if host_shapes else "")

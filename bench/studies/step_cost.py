@@ -168,10 +168,10 @@ def _build(name: str) -> tuple[nn.Module, RandomTask]:
     import transformers
 
     if name == "distilbert":
-        config = transformers.DistilBertConfig(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, num_labels=2)
-        model = transformers.DistilBertForSequenceClassification(config).eval()
+        small = transformers.DistilBertConfig(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, num_labels=2)
+        model = transformers.DistilBertForSequenceClassification(small).eval()
         return model, RandomTask("text-classification", text(("batch", 2)), 32, 64, 2)
-    shape = dict(
+    config = transformers.LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -181,7 +181,7 @@ def _build(name: str) -> tuple[nn.Module, RandomTask]:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
     return model, RandomTask("causal-lm", text(("batch", "sequence", 49152)), 4, 256, 49152)
 
 

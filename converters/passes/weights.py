@@ -32,9 +32,11 @@ class TransposeWeights(ir.passes.InPlacePass):
             if value is None or len(value.shape) != 2 or list(node.attributes["perm"].as_ints()) != [1, 0]:
                 continue
             transposed = ir.Value(
-                name=f"{weight.name}{TRANSPOSED}", type=ir.TensorType(value.dtype),
+                name=f"{weight.name}{TRANSPOSED}",
+                type=ir.TensorType(value.dtype),
                 shape=ir.Shape(value.shape.numpy()[::-1]),
-                const_value=ir.tensor(value.numpy().T.copy(), name=f"{weight.name}{TRANSPOSED}"))
+                const_value=ir.tensor(value.numpy().T.copy(), name=f"{weight.name}{TRANSPOSED}"),
+            )
             node.outputs[0].replace_all_uses_with(transposed)
             graph.remove(node, safe=True)
             del graph.initializers[str(weight.name)]

@@ -22,21 +22,49 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
 
 @click.command("bench")
 @click.argument("models", nargs=-1, required=True, metavar="BUNDLE|MODEL.onnx...")
-@click.option("--runtime", "runtimes", default="ort-cpu", show_default=True, metavar="NAME,...",
-              help="Where to run: ort-cpu, ort-cuda. `deploy-prune doctor` says which work here.")
+@click.option(
+    "--runtime",
+    "runtimes",
+    default="ort-cpu",
+    show_default=True,
+    metavar="NAME,...",
+    help="Where to run: ort-cpu, ort-cuda. `deploy-prune doctor` says which work here.",
+)
 @click.option("--batch", "batches", default="1", show_default=True, metavar="N,...", help="Examples per call.")
-@click.option("--seq", "sequences", metavar="N,...",
-              help=f"Tokens per example, for models that take a sequence.  [default: {DEFAULT_SEQUENCE}]")
+@click.option(
+    "--seq",
+    "sequences",
+    metavar="N,...",
+    help=f"Tokens per example, for models that take a sequence.  [default: {DEFAULT_SEQUENCE}]",
+)
 @click.option("--threads", type=int, metavar="N", help="CPU threads per model.  [default: every physical core]")
-@click.option("--seconds", type=float, default=3.0, show_default=True, metavar="S",
-              help="About how long each model is timed in each cell of the table.")
+@click.option(
+    "--seconds",
+    type=float,
+    default=3.0,
+    show_default=True,
+    metavar="S",
+    help="About how long each model is timed in each cell of the table.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of inputs and order.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Also write the report with every raw timing to FILE, as JSON.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the report with every raw timing to FILE, as JSON.",
+)
 def command(
-    models: tuple[str, ...], runtimes: str, batches: str, sequences: str | None, threads: int | None, seconds: float,
-    seed: int, as_json: bool, output: Path | None,
+    models: tuple[str, ...],
+    runtimes: str,
+    batches: str,
+    sequences: str | None,
+    threads: int | None,
+    seconds: float,
+    seed: int,
+    as_json: bool,
+    output: Path | None,
 ) -> None:
     """Time ONNX models against each other in one process, interleaved in random order.
 
@@ -66,8 +94,11 @@ def command(
     elif has_sequence(specs):
         lengths = [DEFAULT_SEQUENCE]
     # All made and tried before anything is timed: a bad size must not show after minutes of work.
-    cells = [(batch, length, make_inputs(specs, batch=batch, sequence=length, seed=seed))
-             for batch in batch_sizes for length in lengths]
+    cells = [
+        (batch, length, make_inputs(specs, batch=batch, sequence=length, seed=seed))
+        for batch in batch_sizes
+        for length in lengths
+    ]
     for runtime in chosen:
         session = runtime.load(files[baseline], threads=threads)
         for _, _, inputs in cells:
@@ -79,16 +110,30 @@ def command(
         for batch, length, inputs in cells:
             sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
             console.note(f"{runtime.name}, {_sizes(sizes)}: {len(files)} models")
-            report = measure(files, inputs, runtime=runtime, sizes=sizes, seconds=seconds, threads=threads, seed=seed,
-                             progress=console.progress())
+            report = measure(
+                files,
+                inputs,
+                runtime=runtime,
+                sizes=sizes,
+                seconds=seconds,
+                threads=threads,
+                seed=seed,
+                progress=console.progress(),
+            )
             reports.append(report)
             if not as_json:
                 show(report)
     if output is not None:
         _write(output, reports)
     if as_json:
-        console.emit_json({"_type": "bench", "_version": 1, "environment": environment(),
-                           "cells": [report.to_json() for report in reports]})
+        console.emit_json(
+            {
+                "_type": "bench",
+                "_version": 1,
+                "environment": environment(),
+                "cells": [report.to_json() for report in reports],
+            }
+        )
 
 
 def find_models(arguments: Sequence[str]) -> dict[str, Path]:
@@ -100,13 +145,20 @@ def find_models(arguments: Sequence[str]) -> dict[str, Path]:
     if not directories:
         return _name(paths)
     if len(paths) > 1:
-        raise UsageError("a bundle is timed alone", got=", ".join(arguments),
-                         remedy="Give one bundle, or the ONNX files themselves: BUNDLE/models/*.onnx.")
+        raise UsageError(
+            "a bundle is timed alone",
+            got=", ".join(arguments),
+            remedy="Give one bundle, or the ONNX files themselves: BUNDLE/models/*.onnx.",
+        )
     files = _bundle_models(directories[0])
     if BASELINE not in files:
-        raise UsageError("the bundle has no dense model to compare with", where=arguments[0],
-                         expected=f"models/{BASELINE}.onnx", got=", ".join(files) or "no models",
-                         remedy="Give the ONNX files themselves; the first one is the baseline.")
+        raise UsageError(
+            "the bundle has no dense model to compare with",
+            where=arguments[0],
+            expected=f"models/{BASELINE}.onnx",
+            got=", ".join(files) or "no models",
+            remedy="Give the ONNX files themselves; the first one is the baseline.",
+        )
     return {BASELINE: files.pop(BASELINE), **files}
 
 
@@ -115,8 +167,9 @@ def counts(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part or "nothing" for part in parts if not (part.isascii() and part.isdigit() and int(part) > 0)]
     if wrong or len(set(map(int, parts))) < len(parts):
-        raise UsageError(f"{option} takes different whole numbers of at least 1, separated by commas",
-                         expected="1,8,32", got=text)
+        raise UsageError(
+            f"{option} takes different whole numbers of at least 1, separated by commas", expected="1,8,32", got=text
+        )
     return [int(part) for part in parts]
 
 
@@ -129,19 +182,31 @@ def show(report: LatencyReport) -> None:
     rows = []
     for latency in report.latencies:
         first = latency is report.latencies[0]
-        rows.append([
-            latency.name, *(f"{ms:.3f}" for ms in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
-            f"{latency.throughput:.1f}",
-            *(("", "", "baseline") if first else (written(latency.ratio), f"{latency.speedup:.2f}x",
-                                                  latency.verdict + ("" if report.trusted else " (untrusted)"))),
-        ])
+        rows.append(
+            [
+                latency.name,
+                *(f"{ms:.3f}" for ms in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
+                f"{latency.throughput:.1f}",
+                *(
+                    ("", "", "baseline")
+                    if first
+                    else (
+                        written(latency.ratio),
+                        f"{latency.speedup:.2f}x",
+                        latency.verdict + ("" if report.trusted else " (untrusted)"),
+                    )
+                ),
+            ]
+        )
     console.table(COLUMNS, rows, title=f"{head['runtime']} on {head['device']}, {_sizes(report.samples.sizes)}")
     check = written(report.self_check)
     if report.trusted:
         print(f"Self-check passed: the baseline against itself is {check}.")
     else:
-        print(f"Self-check FAILED: the baseline differs from itself by {check}. Do not trust this cell: measure again, "
-              "longer (--seconds) or on a quieter machine.")
+        print(
+            f"Self-check FAILED: the baseline differs from itself by {check}. Do not trust this cell: measure again, "
+            "longer (--seconds) or on a quieter machine."
+        )
     if unsettled := [latency.name for latency in report.latencies if not latency.stable]:
         print(f"Not settled after warm-up: {', '.join(unsettled)}.")
     print()
@@ -159,15 +224,21 @@ def _bundle_models(bundle: Path) -> dict[str, Path]:
     try:
         files = {str(member["name"]): bundle / str(member["file"]) for member in data["members"]}
     except (KeyError, TypeError) as error:
-        raise ArtifactError("the manifest does not list its models", where=str(manifest), got=repr(error),
-                            remedy="Run `deploy-prune verify` on the bundle.") from error
+        raise ArtifactError(
+            "the manifest does not list its models",
+            where=str(manifest),
+            got=repr(error),
+            remedy="Run `deploy-prune verify` on the bundle.",
+        ) from error
     for name, file in files.items():
         if not file.resolve().is_relative_to(bundle.resolve()):
-            raise ArtifactError("the manifest names a file outside the bundle", where=str(manifest),
-                                got=f"{name}: {file}")
+            raise ArtifactError(
+                "the manifest names a file outside the bundle", where=str(manifest), got=f"{name}: {file}"
+            )
         if not file.exists():
-            raise ArtifactError("a model of the bundle is missing", where=str(file),
-                                remedy="Run `deploy-prune verify` on the bundle.")
+            raise ArtifactError(
+                "a model of the bundle is missing", where=str(file), remedy="Run `deploy-prune verify` on the bundle."
+            )
     return files
 
 
@@ -176,8 +247,11 @@ def _name(paths: Sequence[Path]) -> dict[str, Path]:
     stems = [path.stem for path in paths]
     names = [f"{path.resolve().parent.name}/{path.stem}" if stems.count(path.stem) > 1 else path.stem for path in paths]
     if len(set(names)) < len(names):
-        raise UsageError("two models have the same name", got=", ".join(map(str, paths)),
-                         remedy="Give each file once; the baseline is timed twice anyway.")
+        raise UsageError(
+            "two models have the same name",
+            got=", ".join(map(str, paths)),
+            remedy="Give each file once; the baseline is timed twice anyway.",
+        )
     return dict(zip(names, paths, strict=True))
 
 
@@ -193,8 +267,12 @@ def _refuse_unwritable(output: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UnavailableError("cannot write there", where=str(output), got=f"{folder} is not a writable directory",
-                               remedy="Choose another file for -o.")
+        raise UnavailableError(
+            "cannot write there",
+            where=str(output),
+            got=f"{folder} is not a writable directory",
+            remedy="Choose another file for -o.",
+        )
 
 
 def _write(output: Path, reports: Sequence[LatencyReport]) -> None:

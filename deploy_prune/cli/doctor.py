@@ -13,8 +13,13 @@ from deploy_prune.errors import UnavailableError
 
 
 @click.command("doctor")
-@click.option("--require", "required", multiple=True, metavar="RUNTIME",
-              help="Leave with exit code 3 unless this runtime works here. May be repeated.")
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    metavar="RUNTIME",
+    help="Leave with exit code 3 unless this runtime works here. May be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 def command(required: tuple[str, ...], as_json: bool) -> None:
     """Show devices, runtimes and versions, and how to get what is missing."""
@@ -49,13 +54,20 @@ def examine() -> dict[str, Any]:
     memory = memory_bytes()
     data = os.environ.get("DEPLOY_PRUNE_DATA")
     return {
-        "_type": "doctor", "_version": 1, **environment(),
+        "_type": "doctor",
+        "_version": 1,
+        **environment(),
         "packages": package_versions(),
         "runtimes": runtimes,
         "memory": {"total_gib": _gib(memory[0]), "available_gib": _gib(memory[1])} if memory else None,
         "disk_free_gib": {"here": _free(Path.cwd()), "temporary": _free(Path(os.environ.get("TMPDIR", "/tmp")))},
-        "data": {"DEPLOY_PRUNE_DATA": "set, but no directory" if data and not Path(data).is_dir() else
-                 "set" if data else "not set"},
+        "data": {
+            "DEPLOY_PRUNE_DATA": "set, but no directory"
+            if data and not Path(data).is_dir()
+            else "set"
+            if data
+            else "not set"
+        },
     }
 
 
@@ -66,23 +78,30 @@ def _show(findings: dict[str, Any]) -> None:
     quota = f", quota {cpu['quota']:g}" if cpu["quota"] else ""
     load = findings["load_average"]
     gpus = [f"{gpu['name']}, driver {gpu['driver']}, {gpu['memory_mib']} MiB" for gpu in findings["gpus"]]
-    console.facts({
-        "cpu": f"{cpu['model']}, {cpu['physical']} cores ({cpu['logical']} threads{quota}); "
-               f"models get {cpu['usable']} threads",
-        "load": " ".join(f"{value:.2f}" for value in load) if load else "unknown",
-        "gpu": "; ".join(gpus) or "none (no NVIDIA driver answers)",
-        "memory": f"{memory['available_gib']} GiB free of {memory['total_gib']} GiB" if memory else "unknown",
-        "disk": ", ".join(f"{'?' if free is None else free} GiB free {where}" for where, free in
-                          (("here", disk["here"]), ("for temporary files", disk["temporary"]))),
-        "system": f"{findings['os']}, Python {findings['python']}",
-        "data": f"DEPLOY_PRUNE_DATA is {findings['data']['DEPLOY_PRUNE_DATA']}",
-    }, title="Machine")
+    console.facts(
+        {
+            "cpu": f"{cpu['model']}, {cpu['physical']} cores ({cpu['logical']} threads{quota}); "
+            f"models get {cpu['usable']} threads",
+            "load": " ".join(f"{value:.2f}" for value in load) if load else "unknown",
+            "gpu": "; ".join(gpus) or "none (no NVIDIA driver answers)",
+            "memory": f"{memory['available_gib']} GiB free of {memory['total_gib']} GiB" if memory else "unknown",
+            "disk": ", ".join(
+                f"{'?' if free is None else free} GiB free {where}"
+                for where, free in (("here", disk["here"]), ("for temporary files", disk["temporary"]))
+            ),
+            "system": f"{findings['os']}, Python {findings['python']}",
+            "data": f"DEPLOY_PRUNE_DATA is {findings['data']['DEPLOY_PRUNE_DATA']}",
+        },
+        title="Machine",
+    )
     print()
     packages = {name: version or "not installed" for name, version in findings["packages"].items()}
     console.facts(packages, title="Packages")
     print()
-    rows = [[name, "available" if found["available"] else "missing", found["reason"] or ""]
-            for name, found in findings["runtimes"].items()]
+    rows = [
+        [name, "available" if found["available"] else "missing", found["reason"] or ""]
+        for name, found in findings["runtimes"].items()
+    ]
     console.table(["runtime", "state", "why"], rows)
     for name, found in findings["runtimes"].items():
         if not found["available"]:

@@ -26,8 +26,16 @@ def command(bundle: Path, as_json: bool) -> None:
         return
     console.table(
         ["member", "samples", "error", "tolerance", "argmax equal"],
-        [[check.name, check.samples, f"{check.error:.1e}", f"{check.tolerance:.0e}", f"{100 * check.agreement:.0f} %"]
-         for check in report.members],
+        [
+            [
+                check.name,
+                check.samples,
+                f"{check.error:.1e}",
+                f"{check.tolerance:.0e}",
+                f"{100 * check.agreement:.0f} %",
+            ]
+            for check in report.members
+        ],
         title=f"{report.name}: {report.files} files, {report.bytes / 2**20:.1f} MiB, whole and as made",
     )
     console.note(f"manifest sha256 {report.manifest_sha256}")

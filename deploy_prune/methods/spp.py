@@ -61,8 +61,8 @@ class SplitLBI:
         L̄(M, Γ) = L(M) + (1/2ν) ‖M − Γ‖²
         M ← M − κα ∇_M L̄,    V ← V + (α/ν)(M − Γ),    Γ ← κ · sign(V) · max(|V| − 1, 0)
 
-    `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more may
-    be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square, as in the paper's released
+    `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more
+    may be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square, as in the paper's released
     code, so that `step_m` suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1,
     interpolated within its step; infinity where it has not.
     """
@@ -121,9 +121,9 @@ class SppSearch:
     together, but averages over examples in which a unit matters and others where it harms; F, the diagonal Fisher
     information of the gates, does not. c = `curvature`; what each part is worth is in bench/notes.md.
 
-    Setting up costs one forward pass over the calibration subset, for the mean activations, the objective of the dense
-    model and, to distil, its outputs, and a backward pass over some of it for F. The batches stay in memory; no state
-    is held for any weight.
+    Setting up costs one forward pass over the calibration subset, for the mean activations, the objective of the
+    dense model and, to distil, its outputs, and a backward pass over some of it for F. The batches stay in memory; no
+    state is held for any weight.
     """
 
     def __init__(self, context: Context, options: SppOptions) -> None:

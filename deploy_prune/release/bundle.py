@@ -1,7 +1,7 @@
 """Putting a bundle together: files in their places, a model card, and a manifest that hashes them all.
 
-    manifest.json  README.md  models/NAME.onnx  checkpoints/NAME/  plans/NAME.json  samples/NAME.safetensors
-    path.safetensors  bench/  report.html
+manifest.json  README.md  models/NAME.onnx  checkpoints/NAME/  plans/NAME.json  samples/NAME.safetensors
+path.safetensors  bench/  report.html
 """
 
 from __future__ import annotations
@@ -59,12 +59,22 @@ def finish(bundle: Path, manifest: Manifest) -> Manifest:
     `manifest.files` is filled in here. Raises ArtifactError when a member names a file that is not there.
     """
     (bundle / CARD).write_text(model_card(manifest), encoding="utf-8")
-    files = {name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size) for name, path in walk(bundle)
-             if name != MANIFEST}
-    problems = [f"member {member.name}: {path} is not there" for member in manifest.members
-                for path in member.named_files() if path not in files]
-    problems += [f"member {member.name}: {member.file} is not the file that was exported" for member in manifest.members
-                 if member.file in files and files[member.file].sha256 != member.sha256]
+    files = {
+        name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for name, path in walk(bundle)
+        if name != MANIFEST
+    }
+    problems = [
+        f"member {member.name}: {path} is not there"
+        for member in manifest.members
+        for path in member.named_files()
+        if path not in files
+    ]
+    problems += [
+        f"member {member.name}: {member.file} is not the file that was exported"
+        for member in manifest.members
+        if member.file in files and files[member.file].sha256 != member.sha256
+    ]
     if problems:
         raise ArtifactError("the bundle is not complete", where=str(bundle), problems=problems)
     whole = Manifest.model_validate({**manifest.model_dump(), "files": files})
@@ -88,19 +98,32 @@ def latency_entries(cells: Iterable[Mapping[str, Any]]) -> dict[str, list[Latenc
     for cell in cells:
         for line in cell["latencies"]:
             ratio = line["ratio"]
-            entries.setdefault(line["name"], []).append(LatencyEntry(
-                runtime=cell["runtime"], device=cell["device"], batch=cell["batch"], sequence=cell.get("sequence"),
-                ratio=RatioEntry(value=ratio["value"], low=ratio["low"], high=ratio["high"]),
-                trusted=cell["self_check"]["result"] == "passed",
-                **{key: line[key] for key in
-                   ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "throughput", "verdict", "stable")}))
+            entries.setdefault(line["name"], []).append(
+                LatencyEntry(
+                    runtime=cell["runtime"],
+                    device=cell["device"],
+                    batch=cell["batch"],
+                    sequence=cell.get("sequence"),
+                    ratio=RatioEntry(value=ratio["value"], low=ratio["low"], high=ratio["high"]),
+                    trusted=cell["self_check"]["result"] == "passed",
+                    **{
+                        key: line[key]
+                        for key in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "throughput", "verdict", "stable")
+                    },
+                )
+            )
     return entries
 
 
 def member_from(name: str, exported: Mapping[str, Any], **fields: Any) -> Member:
     """A member from the JSON of its ExportReport; its graph lies at models/NAME.onnx. `fields` are Member's others."""
     return Member(
-        name=name, file=f"models/{name}.onnx",
+        name=name,
+        file=f"models/{name}.onnx",
         external=f"models/{exported['external']}" if exported["external"] else None,
-        sha256=exported["sha256"], bytes=exported["bytes"], opset=exported["opset"],
-        weight_bytes=sum(exported["initializers"]["weights"].values()), **fields)
+        sha256=exported["sha256"],
+        bytes=exported["bytes"],
+        opset=exported["opset"],
+        weight_bytes=sum(exported["initializers"]["weights"].values()),
+        **fields,
+    )

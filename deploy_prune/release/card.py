@@ -16,20 +16,27 @@ def model_card(manifest: Manifest) -> str:
         f"({manifest.base.parameters:,} parameters) by one deploy-prune search. Task: {task}. "
         "Every file is standard ONNX and needs none of deploy-prune to run; each was proved equal to the torch model "
         "it was exported from.",
-        "## Members", _table(*_members(manifest)),
+        "## Members",
+        _table(*_members(manifest)),
         "`asked` is the budget that was asked for; parameters, MACs and bytes are exact counts. "
         "Bytes are those of the ONNX file.",
     ]
     if any(member.latency for member in manifest.members):
-        parts += ["## Latency", _table(*_latency(manifest)),
-                  "Median and 99th percentile in milliseconds per call. `ratio` is to the dense model timed in the "
-                  "same run, with its 95 % interval; below 1 is faster. Raw samples are in `bench/`."]
+        parts += [
+            "## Latency",
+            _table(*_latency(manifest)),
+            "Median and 99th percentile in milliseconds per call. `ratio` is to the dense model timed in the "
+            "same run, with its 95 % interval; below 1 is faster. Raw samples are in `bench/`.",
+        ]
     parts += [
         "## Inputs and output",
-        _table(("name", "type", "shape", "role"),
-               [(t.name, t.dtype, "×".join(map(str, t.shape)), t.role) for t in manifest.inputs]
-               + [(manifest.output.name, manifest.output.dtype, "×".join(map(str, manifest.output.shape)), "output")]),
-        "## Check", "```\ndeploy-prune verify .\n```",
+        _table(
+            ("name", "type", "shape", "role"),
+            [(t.name, t.dtype, "×".join(map(str, t.shape)), t.role) for t in manifest.inputs]
+            + [(manifest.output.name, manifest.output.dtype, "×".join(map(str, manifest.output.shape)), "output")],
+        ),
+        "## Check",
+        "```\ndeploy-prune verify .\n```",
         "compares every file with its hash in `manifest.json` and every model with the outputs stored in `samples/`.",
         "## Made with",
         ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()) if version) + ".",
@@ -48,8 +55,14 @@ def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
     for member in manifest.members:
         costs = member.achieved
         asked = f"{member.asked.budget} {member.asked.value:g}" if member.asked else "–"
-        row = [member.name, asked, f"{costs.params:,}" if costs else "–", f"{costs.macs:,}" if costs else "–",
-               f"{member.bytes:,}", f"{member.parity['error']:.0e}" if "error" in member.parity else "–"]
+        row = [
+            member.name,
+            asked,
+            f"{costs.params:,}" if costs else "–",
+            f"{costs.macs:,}" if costs else "–",
+            f"{member.bytes:,}",
+            f"{member.parity['error']:.0e}" if "error" in member.parity else "–",
+        ]
         if dense.quality is not None:
             row.insert(5, _quality(member.quality))
         rows.append(row)
@@ -69,9 +82,16 @@ def _latency(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
 
 def _cell(member: Member, entry: LatencyEntry) -> Sequence[str]:
     verdict = entry.verdict if entry.trusted else f"{entry.verdict} (self-check failed: do not trust)"
-    return (member.name, entry.runtime, str(entry.batch), "–" if entry.sequence is None else str(entry.sequence),
-            f"{entry.p50_ms:.3g}", f"{entry.p99_ms:.3g}",
-            f"{entry.ratio.value:.3f} ({entry.ratio.low:.3f}–{entry.ratio.high:.3f})", verdict)
+    return (
+        member.name,
+        entry.runtime,
+        str(entry.batch),
+        "–" if entry.sequence is None else str(entry.sequence),
+        f"{entry.p50_ms:.3g}",
+        f"{entry.p99_ms:.3g}",
+        f"{entry.ratio.value:.3f} ({entry.ratio.low:.3f}–{entry.ratio.high:.3f})",
+        verdict,
+    )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -131,7 +131,6 @@ class Member(_Part):
     def _relative(cls, path: str | None) -> str | None:
         return None if path is None else check_relative(path)
 
-
     def named_files(self) -> list[str]:
         """Files of the bundle that the member cannot do without."""
         return [path for path in (self.file, self.external, self.plan, self.samples.file) if path is not None]
@@ -172,8 +171,11 @@ class Manifest(_Part):
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"members named twice: {', '.join(doubled)}")
         for member in self.members:
-            problems += [f"member {member.name} names {named}, which is not among the files"
-                         for named in member.named_files() if self.files and named not in self.files]
+            problems += [
+                f"member {member.name} names {named}, which is not among the files"
+                for named in member.named_files()
+                if self.files and named not in self.files
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -197,12 +199,21 @@ class Manifest(_Part):
         path = existing(path, "manifest")
         data = read_json(path, limit=_SIZE_LIMIT)
         if not isinstance(data, dict) or data.get("_type") != TYPE:
-            raise ArtifactError("not a manifest", where=str(path), expected=f'"_type": "{TYPE}"',
-                                got=repr(data.get("_type") if isinstance(data, dict) else type(data).__name__)[:80],
-                                remedy="Pass the directory that `deploy-prune run` or `export` made.")
+            raise ArtifactError(
+                "not a manifest",
+                where=str(path),
+                expected=f'"_type": "{TYPE}"',
+                got=repr(data.get("_type") if isinstance(data, dict) else type(data).__name__)[:80],
+                remedy="Pass the directory that `deploy-prune run` or `export` made.",
+            )
         if data.get("_version") != VERSION:
-            raise ArtifactError("unknown manifest version", where=str(path), expected=str(VERSION),
-                                got=repr(data.get("_version"))[:40], remedy="Install a deploy-prune that knows it.")
+            raise ArtifactError(
+                "unknown manifest version",
+                where=str(path),
+                expected=str(VERSION),
+                got=repr(data.get("_version"))[:40],
+                remedy="Install a deploy-prune that knows it.",
+            )
         body = {key: value for key, value in data.items() if key != "_digest"}
         problems = []
         try:

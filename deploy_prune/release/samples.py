@@ -28,8 +28,14 @@ class Sample:
     output: np.ndarray
 
 
-def record_samples(path: Path | str, model: nn.Module, signature: Signature, *, seed: int = 0,
-                   sizes: Sequence[Mapping[str, int]] = SAMPLE_SIZES) -> None:
+def record_samples(
+    path: Path | str,
+    model: nn.Module,
+    signature: Signature,
+    *,
+    seed: int = 0,
+    sizes: Sequence[Mapping[str, int]] = SAMPLE_SIZES,
+) -> None:
     """Ask `model` about made-up inputs and store question and answer as safetensors: `0/input/NAME`, `0/output`."""
     import torch
 
@@ -61,8 +67,9 @@ def load_samples(path: Path | str) -> list[Sample]:
     for key, value in sorted(tensors.items()):
         index, _, rest = key.partition("/")
         if f"{index}/output" not in tensors or not (rest == "output" or rest.startswith("input/")):
-            raise ArtifactError("samples file holds something else", where=str(path), got=key[:80],
-                                expected="N/input/NAME and N/output")
+            raise ArtifactError(
+                "samples file holds something else", where=str(path), got=key[:80], expected="N/input/NAME and N/output"
+            )
         sample = samples.setdefault(index, Sample({}, tensors[f"{index}/output"]))
         if rest != "output":
             sample.inputs[rest.removeprefix("input/")] = value

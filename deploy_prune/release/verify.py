@@ -59,8 +59,13 @@ def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
     start = time.perf_counter()
     bundle = existing(bundle, "bundle")
     if not bundle.is_dir():
-        raise ArtifactError("not a bundle", where=str(bundle), expected="a directory", got="a file",
-                            remedy="Pass the directory that `deploy-prune run` or `export` made.")
+        raise ArtifactError(
+            "not a bundle",
+            where=str(bundle),
+            expected="a directory",
+            got="a file",
+            remedy="Pass the directory that `deploy-prune run` or `export` made.",
+        )
     manifest = Manifest.load(bundle / MANIFEST)
     progress.start(len(manifest.members) + 1, "verify")
     try:
@@ -77,14 +82,27 @@ def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
     finally:
         progress.finish()
     if problems:
-        raise ArtifactError(f"{len(problems)} problem{'s' * (len(problems) > 1)}", where=str(bundle),
-                            problems=[*problems, *differences], remedy=_REMEDY)
+        raise ArtifactError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)}",
+            where=str(bundle),
+            problems=[*problems, *differences],
+            remedy=_REMEDY,
+        )
     if differences:
-        raise ParityError("models no longer give their stored answers", where=str(bundle), problems=differences,
-                          remedy="The files are whole, so this runtime computes something else: try another version of "
-                          "onnxruntime.")
-    return VerifyReport(manifest.name, sha256_file(bundle / MANIFEST), len(manifest.files) + 1,
-                        sum(f.bytes for f in manifest.files.values()), tuple(checks), time.perf_counter() - start)
+        raise ParityError(
+            "models no longer give their stored answers",
+            where=str(bundle),
+            problems=differences,
+            remedy="The files are whole, so this runtime computes something else: try another version of onnxruntime.",
+        )
+    return VerifyReport(
+        manifest.name,
+        sha256_file(bundle / MANIFEST),
+        len(manifest.files) + 1,
+        sum(f.bytes for f in manifest.files.values()),
+        tuple(checks),
+        time.perf_counter() - start,
+    )
 
 
 def _check(bundle: Path, manifest: Manifest, member: Member) -> tuple[list[str], list[str], MemberCheck | None]:
@@ -192,8 +210,14 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def _interface_problems(graph: onnx.ModelProto, manifest: Manifest, member: Member) -> Iterator[str]:
     for entry, values in ((manifest.inputs, graph.graph.input), ([manifest.output], graph.graph.output)):
         want = [(t.name, t.dtype, t.shape) for t in entry]
-        got = [(v.name, _ONNX_TYPES.get(v.type.tensor_type.elem_type, "other"),
-                [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
+        got = [
+            (
+                v.name,
+                _ONNX_TYPES.get(v.type.tensor_type.elem_type, "other"),
+                [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+            )
+            for v in values
+        ]
         if want != got:
             yield f"{member.file} has {got}, the manifest says {want}"
     if foreign := sorted({node.domain for node in graph.graph.node} - {"", "ai.onnx"}):
@@ -228,6 +252,6 @@ def _ask(bundle: Path, manifest: Manifest, member: Member) -> tuple[MemberCheck,
 def _valid(manifest: Manifest, sample: Sample) -> np.ndarray | None:
     """The stored attention mask, when the output has a position for each of its entries."""
     for entry in manifest.inputs:
-        if entry.role == "mask" and manifest.output.shape[:len(entry.shape)] == entry.shape:
+        if entry.role == "mask" and manifest.output.shape[: len(entry.shape)] == entry.shape:
             return sample.inputs.get(entry.name)
     return None

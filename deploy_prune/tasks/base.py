@@ -59,14 +59,16 @@ class Task(ABC):
     def __init__(self, calibration: Examples, evaluation: Examples | None, metric: str | None) -> None:
         self.metric = metric or self.metrics[0]
         if self.metric not in self.metrics:
-            raise UsageError(f"{self.name} has no such metric", got=self.metric,
-                             remedy=did_you_mean(self.metric, self.metrics))
+            raise UsageError(
+                f"{self.name} has no such metric", got=self.metric, remedy=did_you_mean(self.metric, self.metrics)
+            )
         self.calibration_data, self.evaluation_data = calibration, evaluation
 
     @classmethod
     @abstractmethod
-    def create(cls, model: nn.Module, model_ref: str, calibration: Examples, evaluation: Examples | None,
-               **options: Any) -> Task:
+    def create(
+        cls, model: nn.Module, model_ref: str, calibration: Examples, evaluation: Examples | None, **options: Any
+    ) -> Task:
         """The task for a loaded model; subclasses spell their options out as keyword-only parameters."""
 
     @property
@@ -118,7 +120,9 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """What a reader needs to repeat the figures, as plain JSON data."""
         return {
-            "name": self.name, "metric": self.metric, "calibration": self.calibration_data.reference,
+            "name": self.name,
+            "metric": self.metric,
+            "calibration": self.calibration_data.reference,
             "evaluation": self.evaluation_data.reference if self.evaluation_data else None,
         }
 
@@ -150,18 +154,26 @@ class Task(ABC):
                 expected = self.answers(self._output(reference, batch), batch)
             else:
                 assert reference is not None
-                expected = reference[done:done + len(batch)]
+                expected = reference[done : done + len(batch)]
                 done += len(batch)
                 if len(expected) != len(batch):
-                    raise UsageError("the reference has too few rows", got=str(len(reference)),
-                                     remedy="Make it with reference_answers at the same limit.")
+                    raise UsageError(
+                        "the reference has too few rows",
+                        got=str(len(reference)),
+                        remedy="Make it with reference_answers at the same limit.",
+                    )
             parts.append(self._agree(self.answers(output, batch), expected, batch))
         rows = np.concatenate(parts).astype(np.float64)
         value, interval, detail = self._summarise(rows)
         return Quality(self.metric, value, len(rows), interval, self.higher_is_better, rows, detail)
 
-    def reference_answers(self, predict: Predict, batch_size: int | None = None, limit: int | None = None,
-                          progress: Progress | None = None) -> np.ndarray:
+    def reference_answers(
+        self,
+        predict: Predict,
+        batch_size: int | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
         """The dense model's answers on the evaluation data, to be agreed with by many members."""
         import numpy as np
 
@@ -182,15 +194,20 @@ class Task(ABC):
             raw = predict(batch.inputs)
         output = torch.as_tensor(raw).detach().float().cpu()
         if not torch.isfinite(output).all():
-            raise GateError(f"the model's output is not finite on the evaluation data of {self.name}",
-                            got=f"{int((~torch.isfinite(output)).sum())} of {output.numel()} values",
-                            remedy="It overflowed or was damaged: compare precision fp32, or another sparsity.")
+            raise GateError(
+                f"the model's output is not finite on the evaluation data of {self.name}",
+                got=f"{int((~torch.isfinite(output)).sum())} of {output.numel()} values",
+                remedy="It overflowed or was damaged: compare precision fp32, or another sparsity.",
+            )
         return output
 
     def _evaluation_examples(self) -> Examples:
         if self.evaluation_data is None:
-            raise DataError("the task has no evaluation data", where=self.name,
-                            remedy="Give the task an evaluation data reference, other than its calibration data.")
+            raise DataError(
+                "the task has no evaluation data",
+                where=self.name,
+                remedy="Give the task an evaluation data reference, other than its calibration data.",
+            )
         return self.evaluation_data
 
 
@@ -210,14 +227,17 @@ def shuffled(indices: Sequence[int], seed: int) -> list[int]:
 def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
     if size < 1:
         raise UsageError("batch size below 1", got=str(size))
-    return [list(indices[start:start + size]) for start in range(0, len(indices), size)]
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
 def require_target(batch: Batch, task: Task) -> Tensor:
     if batch.target is None:
-        raise DataError("the calibration data is unlabeled, so the task has no loss on it", where=task.name,
-                        got=task.calibration_data.reference,
-                        remedy="Give labeled calibration data, or ask for the objective that distils the dense model.")
+        raise DataError(
+            "the calibration data is unlabeled, so the task has no loss on it",
+            where=task.name,
+            got=task.calibration_data.reference,
+            remedy="Give labeled calibration data, or ask for the objective that distils the dense model.",
+        )
     return batch.target
 
 

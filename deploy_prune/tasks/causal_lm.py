@@ -35,8 +35,16 @@ class CausalLM(Task):
     metrics = ("perplexity", AGREEMENT)
     default_batch_size = 4
 
-    def __init__(self, model: nn.Module, tokenizer: Any, length: int, stride: int, calibration: Examples,
-                 evaluation: Examples | None, metric: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        length: int,
+        stride: int,
+        calibration: Examples,
+        evaluation: Examples | None,
+        metric: str | None,
+    ) -> None:
         super().__init__(calibration, evaluation, metric)
         self.length, self.stride = length, stride
         self._pad = pad_id_of(tokenizer)
@@ -66,8 +74,12 @@ class CausalLM(Task):
         from deploy_prune.sources import load_tokenizer
 
         if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise UnsupportedModelError("the model is no causal language model", where=model_ref,
-                                        got=type(model).__name__, expected="a ...ForCausalLM")
+            raise UnsupportedModelError(
+                "the model is no causal language model",
+                where=model_ref,
+                got=type(model).__name__,
+                expected="a ...ForCausalLM",
+            )
         loaded = load_tokenizer(tokenizer or model_ref)
         longest = max_length_of(model, loaded, None)
         stride = length if stride is None else stride
@@ -106,9 +118,9 @@ class CausalLM(Task):
             target = torch.full_like(ids, _SKIP)
             for row, index in enumerate(batch):
                 tokens, context = windows[index]
-                ids[row, :len(tokens)] = torch.tensor(tokens)
-                mask[row, :len(tokens)] = 1
-                target[row, context:len(tokens)] = ids[row, context:len(tokens)]
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                mask[row, : len(tokens)] = 1
+                target[row, context : len(tokens)] = ids[row, context : len(tokens)]
             yield Batch({"input_ids": ids, "attention_mask": mask}, target)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:

@@ -61,12 +61,21 @@ def class_indices(examples: Examples, classes: int, names: dict[str, int] | None
     else:
         unknown = sorted({str(label) for label in labels} - (names or {}).keys())
         if unknown or names is None:
-            raise DataError("labels are neither class indices nor names the model knows", where=examples.reference,
-                            expected=", ".join(names) if names else "integers", got=", ".join(unknown[:10]),
-                            remedy="List the names in the order of the model's outputs: ?labels=first,second")
+            raise DataError(
+                "labels are neither class indices nor names the model knows",
+                where=examples.reference,
+                expected=", ".join(names) if names else "integers",
+                got=", ".join(unknown[:10]),
+                remedy="List the names in the order of the model's outputs: ?labels=first,second",
+            )
         found = [names[str(label)] for label in labels]
     outside = sorted({label for label in found if not 0 <= label < classes})
     if outside:
-        raise DataError("labels outside the model's classes", where=examples.reference, expected=f"0 to {classes - 1}",
-                        got=", ".join(map(str, outside[:10])), remedy="Is this the data the model was trained for?")
+        raise DataError(
+            "labels outside the model's classes",
+            where=examples.reference,
+            expected=f"0 to {classes - 1}",
+            got=", ".join(map(str, outside[:10])),
+            remedy="Is this the data the model was trained for?",
+        )
     return found

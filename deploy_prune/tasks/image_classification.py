@@ -23,8 +23,14 @@ class ImageClassification(Classification):
     name = "image-classification"
     metrics = ("top1", AGREEMENT)
 
-    def __init__(self, prepared: Preparation, classes: int, calibration: Examples, evaluation: Examples | None,
-                 metric: str | None) -> None:
+    def __init__(
+        self,
+        prepared: Preparation,
+        classes: int,
+        calibration: Examples,
+        evaluation: Examples | None,
+        metric: str | None,
+    ) -> None:
         super().__init__(calibration, evaluation, metric)
         self.preparation = prepared
         self.signature = Signature(
@@ -51,12 +57,16 @@ class ImageClassification(Classification):
         crop_pct: float | None = None,
     ) -> ImageClassification:
         """Images are prepared as the model's `pretrained_cfg` says, unless options say otherwise."""
-        prepared = preparation(model, image_size=image_size, mean=mean, std=std, interpolation=interpolation,
-                               crop_pct=crop_pct)
+        prepared = preparation(
+            model, image_size=image_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+        )
         classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(classes, int) or classes < 1:
-            raise UnsupportedModelError("the model has no classifier", where=model_ref,
-                                        expected="a timm model with num_classes, or one with config.num_labels")
+            raise UnsupportedModelError(
+                "the model has no classifier",
+                where=model_ref,
+                expected="a timm model with num_classes, or one with config.num_labels",
+            )
         return cls(prepared, classes, calibration, evaluation, metric)
 
     @property
@@ -77,9 +87,17 @@ class ImageClassification(Classification):
 
     def describe(self) -> dict[str, Any]:
         shown = self.preparation
-        return {**super().describe(), "image": {
-            "size": list(shown.size), "mean": list(shown.mean), "std": list(shown.std),
-            "interpolation": shown.interpolation, "crop_pct": shown.crop_pct, "crop_mode": shown.crop_mode}}
+        return {
+            **super().describe(),
+            "image": {
+                "size": list(shown.size),
+                "mean": list(shown.mean),
+                "std": list(shown.std),
+                "interpolation": shown.interpolation,
+                "crop_pct": shown.crop_pct,
+                "crop_mode": shown.crop_mode,
+            },
+        }
 
 
 class _Split:

@@ -36,8 +36,15 @@ class Preparation:
         from timm.data import create_transform
 
         made: Callable[[Any], Any] = create_transform(
-            self.size, is_training=False, use_prefetcher=True, interpolation=self.interpolation,
-            crop_pct=self.crop_pct, crop_mode=self.crop_mode, mean=self.mean, std=self.std)
+            self.size,
+            is_training=False,
+            use_prefetcher=True,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            mean=self.mean,
+            std=self.std,
+        )
         return made
 
     def normalise(self, stacked: Tensor) -> Tensor:
@@ -76,17 +83,25 @@ def preparation(
     std = config.get("std") if std is None else std
     absent = [name for name, value in (("image_size", grid), ("mean", mean), ("std", std)) if not value]
     if absent or mean is None or std is None:
-        raise UsageError("the model does not say how its images are prepared", where=type(model).__name__,
-                         remedy=f"Give the task options: {', '.join(absent)}.")
+        raise UsageError(
+            "the model does not say how its images are prepared",
+            where=type(model).__name__,
+            remedy=f"Give the task options: {', '.join(absent)}.",
+        )
     given = (("mean", mean), ("std", std))
     problems = [f"{name}: {len(v)} values for {channels} channels" for name, v in given if len(v) != channels]
     if len(grid) != 2:
         problems.append(f"image_size: {grid} is neither a number nor [height, width]")
     if problems:
         raise UsageError("image options do not fit the model", problems=problems)
-    return Preparation((channels, grid[0], grid[1]), tuple(map(float, mean)), tuple(map(float, std)),
-                       interpolation or config.get("interpolation") or "bicubic",
-                       float(crop_pct or config.get("crop_pct") or 1.0), config.get("crop_mode") or "center")
+    return Preparation(
+        (channels, grid[0], grid[1]),
+        tuple(map(float, mean)),
+        tuple(map(float, std)),
+        interpolation or config.get("interpolation") or "bicubic",
+        float(crop_pct or config.get("crop_pct") or 1.0),
+        config.get("crop_mode") or "center",
+    )
 
 
 class PreparedImages:
@@ -134,13 +149,20 @@ class PreparedImages:
             if np.issubdtype(array.dtype, np.floating):
                 return self._values(array, index)
             if array.dtype != np.uint8 or array.ndim not in (2, 3):
-                raise DataError("not an image array", where=f"{self._where}, row {index}",
-                                expected="uint8 (height, width[, channel]) or float in [0, 1]",
-                                got=f"{array.dtype} {array.shape}")
+                raise DataError(
+                    "not an image array",
+                    where=f"{self._where}, row {index}",
+                    expected="uint8 (height, width[, channel]) or float in [0, 1]",
+                    got=f"{array.dtype} {array.shape}",
+                )
             image = Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
         if not isinstance(image, Image.Image):
-            raise DataError("not an image", where=f"{self._where}, row {index}", got=type(image).__name__,
-                            remedy="Map the column that holds image bytes with ?image=COLUMN.")
+            raise DataError(
+                "not an image",
+                where=f"{self._where}, row {index}",
+                got=type(image).__name__,
+                remedy="Map the column that holds image bytes with ?image=COLUMN.",
+            )
         mode = "L" if self._preparation.size[0] == 1 else "RGB"
         return torch.from_numpy(np.ascontiguousarray(self._transform(image.convert(mode))))
 
@@ -150,10 +172,17 @@ class PreparedImages:
 
         layered = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
         if layered.shape != self._preparation.size:
-            raise DataError("a float image is not of the model's size", where=f"{self._where}, row {index}",
-                            expected=f"{self._preparation.size} (channel, height, width)", got=str(layered.shape),
-                            remedy="Only uint8 images are resized; convert yours, or build the model for this size.")
+            raise DataError(
+                "a float image is not of the model's size",
+                where=f"{self._where}, row {index}",
+                expected=f"{self._preparation.size} (channel, height, width)",
+                got=str(layered.shape),
+                remedy="Only uint8 images are resized; convert yours, or build the model for this size.",
+            )
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise DataError("float image values outside [0, 1]", where=f"{self._where}, row {index}",
-                            got=f"{array.min()} to {array.max()}")
+            raise DataError(
+                "float image values outside [0, 1]",
+                where=f"{self._where}, row {index}",
+                got=f"{array.min()} to {array.max()}",
+            )
         return torch.from_numpy(np.ascontiguousarray(layered, dtype=np.float32))

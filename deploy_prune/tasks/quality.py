@@ -35,8 +35,12 @@ class Quality:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, without the values per example."""
         return {
-            "metric": self.metric, "value": self.value, "n": self.n, "interval": list(self.interval),
-            "higher_is_better": self.higher_is_better, **({"detail": self.detail} if self.detail else {}),
+            "metric": self.metric,
+            "value": self.value,
+            "n": self.n,
+            "interval": list(self.interval),
+            "higher_is_better": self.higher_is_better,
+            **({"detail": self.detail} if self.detail else {}),
         }
 
     def drop_from(self, dense: Quality) -> float:

@@ -30,8 +30,17 @@ class SentenceEmbedding(Task):
     name = "sentence-embedding"
     metrics = ("spearman", AGREEMENT)
 
-    def __init__(self, model: nn.Module, tokenizer: Any, pooling: str, max_length: int, score_max: float,
-                 calibration: Examples, evaluation: Examples | None, metric: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        pooling: str,
+        max_length: int,
+        score_max: float,
+        calibration: Examples,
+        evaluation: Examples | None,
+        metric: str | None,
+    ) -> None:
         super().__init__(calibration, evaluation, metric)
         self.pooling, self.max_length, self.score_max = pooling, max_length, score_max
         config: Any = model.config
@@ -49,9 +58,12 @@ class SentenceEmbedding(Task):
         self._calibration = split(calibration)
         self._evaluation = None if evaluation is None else split(evaluation)
         if self.metric == "spearman" and self._evaluation is not None and self._evaluation.scores is None:
-            raise DataError("Spearman's correlation needs scored pairs", where=self._evaluation.reference,
-                            expected="the columns text, text2 and score",
-                            remedy="Map them with ?text=..&text2=..&score=.., or ask for metric=agreement.")
+            raise DataError(
+                "Spearman's correlation needs scored pairs",
+                where=self._evaluation.reference,
+                expected="the columns text, text2 and score",
+                remedy="Map them with ?text=..&text2=..&score=.., or ask for metric=agreement.",
+            )
 
     @classmethod
     def create(  # type: ignore[override]
@@ -108,9 +120,12 @@ class SentenceEmbedding(Task):
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """(cosine of the pair - score / score_max)^2, the same for both rows of a pair."""
         if batch.target is None:
-            raise DataError("the calibration data has no scores, so the task has no loss on it",
-                            where=self.calibration_data.reference, expected="the columns text, text2 and score",
-                            remedy="Map them in the reference, or ask for the objective that distils the dense model.")
+            raise DataError(
+                "the calibration data has no scores, so the task has no loss on it",
+                where=self.calibration_data.reference,
+                expected="the columns text, text2 and score",
+                remedy="Map them in the reference, or ask for the objective that distils the dense model.",
+            )
         return (_pair_cosine(output.float()).repeat_interleave(2) - batch.target).square()
 
     def distance(self, output: Tensor, reference: Tensor, batch: Batch) -> Tensor:
@@ -140,8 +155,12 @@ class SentenceEmbedding(Task):
         return *bootstrap(rows, spearman), {}
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "pooling": self.pooling, "max_length": self.max_length,
-                "score_max": self.score_max}
+        return {
+            **super().describe(),
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "score_max": self.score_max,
+        }
 
 
 class _Sentences:
@@ -150,8 +169,9 @@ class _Sentences:
     def __init__(self, examples: Examples, tokenizer: Any, names: Sequence[str], max_length: int, top: float) -> None:
         self.reference = examples.reference
         columns = [name for name in ("text", "text2") if name == "text" or name in examples.columns]
-        self._parts = [TokenRows(tokenizer, names, max_length, examples.reference, examples.column(name))
-                       for name in columns]
+        self._parts = [
+            TokenRows(tokenizer, names, max_length, examples.reference, examples.column(name)) for name in columns
+        ]
         self._count = len(examples)
         self.width = len(columns)
         self.scores: list[float] | None = None
@@ -159,9 +179,13 @@ class _Sentences:
             values = list(examples.column("score"))
             odd = [value for value in values if not isinstance(value, (int, float)) or not 0 <= value <= top]
             if odd:
-                raise DataError("scores that are no numbers in range", where=examples.reference,
-                                expected=f"0 to {top}", got=", ".join(repr(value) for value in odd[:5]),
-                                remedy="Set the task option score_max to the top of your scale.")
+                raise DataError(
+                    "scores that are no numbers in range",
+                    where=examples.reference,
+                    expected=f"0 to {top}",
+                    got=", ".join(repr(value) for value in odd[:5]),
+                    remedy="Set the task option score_max to the top of your scale.",
+                )
             self.scores = [value / top for value in values]
 
     @property
@@ -216,15 +240,22 @@ POOLINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {"mea
 def _folder_pooling(folder: Path) -> str:
     """What modules.json and the pooling configuration ask for. Raises UsageError when it is more than a pooling."""
     if not (folder / "modules.json").is_file():
-        raise UsageError("the model folder does not say how token vectors are pooled", where=str(folder),
-                         expected="a sentence-transformers folder with modules.json",
-                         remedy=f"Give the task option pooling: {' or '.join(POOLINGS)}.")
+        raise UsageError(
+            "the model folder does not say how token vectors are pooled",
+            where=str(folder),
+            expected="a sentence-transformers folder with modules.json",
+            remedy=f"Give the task option pooling: {' or '.join(POOLINGS)}.",
+        )
     listed = read_json(folder / "modules.json")
     modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
     foreign = modules.keys() - {"Transformer", "Pooling", "Normalize"}
     if foreign or "Pooling" not in modules:
-        raise UsageError("this sentence-transformers model has parts that are not supported", where=str(folder),
-                         expected="Transformer, Pooling and perhaps Normalize", got=", ".join(modules))
+        raise UsageError(
+            "this sentence-transformers model has parts that are not supported",
+            where=str(folder),
+            expected="Transformer, Pooling and perhaps Normalize",
+            got=", ".join(modules),
+        )
     config = read_json(folder / modules["Pooling"] / "config.json")
     old_names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     switches = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]

@@ -26,17 +26,28 @@ class TextClassification(Classification):
     name = "text-classification"
     metrics = ("accuracy", AGREEMENT)
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int, calibration: Examples,
-                 evaluation: Examples | None, metric: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        max_length: int,
+        calibration: Examples,
+        evaluation: Examples | None,
+        metric: str | None,
+    ) -> None:
         super().__init__(calibration, evaluation, metric)
         config: Any = model.config
         self.max_length, self._pad = max_length, pad_id_of(tokenizer)
         names = ["input_ids", "attention_mask"]
         pairs = "text2" in calibration.columns
         if evaluation is not None and ("text2" in evaluation.columns) != pairs:
-            raise DataError("only one of calibration and evaluation data has pairs", where=evaluation.reference,
-                            expected="the columns " + ", ".join(calibration.columns),
-                            got=", ".join(evaluation.columns), remedy="Map text2 with ?text2=COLUMN in both.")
+            raise DataError(
+                "only one of calibration and evaluation data has pairs",
+                where=evaluation.reference,
+                expected="the columns " + ", ".join(calibration.columns),
+                got=", ".join(evaluation.columns),
+                remedy="Map text2 with ?text2=COLUMN in both.",
+            )
         if pairs and "token_type_ids" in tokenizer.model_input_names:
             names.append("token_type_ids")  # one text alone needs no segments: the model takes them as 0
         self.signature = Signature(
@@ -71,8 +82,12 @@ class TextClassification(Classification):
 
         labels = getattr(getattr(model, "config", None), "num_labels", 0)
         if labels < 2 or "SequenceClassification" not in type(model).__name__:
-            raise UnsupportedModelError("the model does not classify texts", where=model_ref, got=type(model).__name__,
-                                        expected="a ...ForSequenceClassification with at least 2 labels")
+            raise UnsupportedModelError(
+                "the model does not classify texts",
+                where=model_ref,
+                got=type(model).__name__,
+                expected="a ...ForSequenceClassification with at least 2 labels",
+            )
         loaded = load_tokenizer(tokenizer or model_ref)
         return cls(model, loaded, max_length_of(model, loaded, max_length), calibration, evaluation, metric)
 

@@ -18,8 +18,9 @@ Row = dict[str, list[int]]
 class TokenRows:
     """Token rows of one data set, made when first asked for: `rows([0, 5])` -> [{"input_ids": [...]}, ...]."""
 
-    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int, where: str,
-                 *texts: Sequence[Any]) -> None:
+    def __init__(
+        self, tokenizer: Any, names: Sequence[str], max_length: int, where: str, *texts: Sequence[Any]
+    ) -> None:
         self._tokenizer, self._names, self._max_length, self._where = tokenizer, names, max_length, where
         self._texts = texts
         self._made: dict[int, Row] = {}
@@ -63,7 +64,7 @@ def grouped(order: Sequence[int], lengths: Sequence[int], batch_size: int, seed:
     length = dict(zip(order, lengths, strict=True))
     batches: list[list[int]] = []
     for start in range(0, len(order), batch_size * _POOL):
-        pool = sorted(order[start:start + batch_size * _POOL], key=length.__getitem__)
+        pool = sorted(order[start : start + batch_size * _POOL], key=length.__getitem__)
         batches += chunks(pool, batch_size)
     return [batches[i] for i in shuffled(range(len(batches)), seed)]
 

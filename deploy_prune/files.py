@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deploy_prune.errors import ArtifactError, UnavailableError
+from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 
 TEMPORARY = ".partial-"  # a killed writer leaves at most names that start so; nothing reads them
 _CHUNK = 1 << 20
@@ -121,7 +121,7 @@ def write_json(path: Path | str, data: Any) -> None:
 
 def read_json(path: Path | str, *, limit: int = 256 * 2**20) -> Any:
     """Parse a JSON file; raises UnavailableError when it is missing, ArtifactError when it is not JSON."""
-    path = existing(path)
+    path = existing_file(path)
     if path.stat().st_size > limit:
         raise ArtifactError(
             "JSON file is too large",
@@ -150,6 +150,14 @@ def existing(path: Path | str, what: str = "file") -> Path:
         got=f"nearest existing directory is {parent}",
         remedy="Check the spelling, or give the location with --set or DEPLOY_PRUNE_DATA.",
     )
+
+
+def existing_file(path: Path | str, what: str = "file") -> Path:
+    """As `existing`, for something to be read; raises UsageError for a directory."""
+    path = existing(path, what)
+    if path.is_dir():
+        raise UsageError("a directory is in the place of a file", where=str(path), expected=what)
+    return path
 
 
 def sha256_file(path: Path | str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from deploy_prune.budget import BUDGETS, BYTES_PER_PARAMETER, Budget, CostModel
 from deploy_prune.errors import ArtifactError, BudgetError, UsageError, did_you_mean
-from deploy_prune.files import atomic_file, existing
+from deploy_prune.files import atomic_file, existing_file
 from deploy_prune.plan import Costs, PrunePlan, Target, plan_from_units
 from deploy_prune.units import Site, SiteKind, Slice, UnitKind, groups, unit_key
 
@@ -249,7 +249,7 @@ class SolutionPath:
         """Read a path. Raises UnavailableError (no file), ArtifactError (damaged, or not a path)."""
         from safetensors import SafetensorError, safe_open
 
-        path = existing(path, "path file")
+        path = existing_file(path, "path file")
         try:
             with safe_open(path, framework="np") as file:
                 meta = json.loads((file.metadata() or {})["deploy_prune"])

@@ -72,6 +72,9 @@ class FamilyPart(Part):
             raise ValueError(f"`sparsities` are given but `budget` is {self.budget}; use `targets`")
         if self.budget == "sparsity" and any(not 0 < value < 1 for value in self.values):
             raise ValueError("expected sparsities between 0 and 1, both excluded")
+        names = self.member_names()
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two members would be called {', '.join(doubled)}; choose targets further apart")
         return self
 
     @property
@@ -144,7 +147,7 @@ class Recipe(Part):
     quality: QualityPart = QualityPart()
     bench: BenchPart = BenchPart()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     _portable: dict[str, Any] | None = PrivateAttr(default=None)
 

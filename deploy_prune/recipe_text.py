@@ -50,7 +50,7 @@ def parse(path: Path) -> dict[str, Any]:
         )
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         raise RecipeError("not valid YAML", where=str(path), got=" ".join(str(error).split())[:300]) from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(
@@ -73,7 +73,7 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             continue
         try:
             value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             problems.append(f"--set {setting}: the value is not valid YAML")
             continue
         place = data

@@ -14,6 +14,7 @@ expected hash of its weights file.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -313,7 +314,14 @@ def _load_python(reference: Reference, arguments: dict[str, Any]) -> nn.Module:
     from torch import nn
 
     _no_file_to_hash(reference)
-    model = load_function(reference.location)(**arguments)
+    function = load_function(reference.location)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise UsageError("the function does not take these arguments", where=reference.text, got=str(error)) from error
+    except ValueError:
+        pass  # a function of C without a signature: calling it tells
+    model = function(**arguments)
     if not isinstance(model, nn.Module):
         raise UsageError(
             "the function did not return a model",

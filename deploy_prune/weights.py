@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy_prune.errors import ArtifactError
-from deploy_prune.files import existing, sha256_file
+from deploy_prune.files import existing_file, sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ def check_safetensors(path: Path | str) -> None:
 
     A flipped bit in the payload changes neither; only `check_sha256` finds it. Raises ArtifactError.
     """
-    path = existing(path, "weights file")
+    path = existing_file(path, "weights file")
     size = path.stat().st_size
     with open(path, "rb") as stream:
         prefix = stream.read(8)
@@ -81,7 +81,7 @@ def check_sha256(path: Path, expected: str | None) -> None:
     """Raises ArtifactError when the file's bytes are not the `expected` ones; does nothing without expectation."""
     if expected is None:
         return
-    got = sha256_file(existing(path))
+    got = sha256_file(existing_file(path))
     if got != expected.lower():
         raise ArtifactError(
             "file is not the one the reference names",

@@ -137,6 +137,11 @@ def test_a_path_survives_a_round_trip_byte_for_byte(tmp_path, path):
     assert again.plan(0.4).model_dump() == path.plan(0.4).model_dump()
 
 
+def test_a_directory_is_not_a_path_file(tmp_path):
+    with pytest.raises(UsageError, match="in the place of a file"):
+        SolutionPath.load(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip header", "other file"])
 def test_a_damaged_path_file_is_refused(tmp_path, path, damage):
     file = tmp_path / "p.safetensors"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from deploy_prune.cli.main import run_command
-from deploy_prune.errors import UsageError
+from deploy_prune.errors import UnavailableError, UsageError
 from deploy_prune.pipeline.dry import dry_run
+from deploy_prune.pipeline.run import run_recipe
 from deploy_prune.pipeline.setup import check_names, data_identity
 from deploy_prune.recipe import Recipe, builtin_recipes, load_recipe, recipe_from
 
@@ -162,3 +163,13 @@ def test_data_that_changed_has_another_identity(tmp_path: Path) -> None:
     before = data_identity(f"tsv:{file}")
     file.write_text("text\tlabel\na\t1\nb\t0\n")
     assert data_identity(f"tsv:{file}") != before
+
+
+def test_a_runtime_that_is_not_here_stops_a_run_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.runtimes.ort_cuda.OrtCuda.available", lambda self: "no GPU answers")
+    out = tmp_path / "out"
+    with pytest.raises(UnavailableError, match="no GPU answers"):
+        run_recipe(recipe(model="python:no_such_module:f", bench={"runtimes": ["ort-cpu", "ort-cuda"]}), out)
+    assert not list(tmp_path.iterdir())

@@ -139,6 +139,12 @@ def test_an_earlier_output_of_ours_is_replaced_only_with_fresh(tmp_path: Path) -
     assert (out / "whole").read_text() == "new"
 
 
+@pytest.mark.parametrize("out", [".", "", "/", "runs/.."])
+def test_an_output_without_a_name_is_refused(out: str) -> None:
+    with pytest.raises(UsageError, match="a name of its own"):
+        work_directory(Path(out))
+
+
 def test_an_empty_output_directory_is_free(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

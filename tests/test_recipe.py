@@ -77,6 +77,7 @@ def test_sparsity_outside_the_open_unit_interval_is_refused(written: Any, sparsi
         ({}, "either `sparsities` or `budget` with `targets`"),
         ({"sparsities": []}, "at least one member"),
         ({"sparsities": [0.3, 0.3]}, "every member once"),
+        ({"sparsities": [0.3, 0.3000000001]}, "two members would be called s30"),
         ({"sparsities": [0.3], "budget": "macs"}, "use `targets`"),
         ({"targets": [2.0]}, "between 0 and 1"),
         ({"targets": [-1.0], "budget": "macs"}, "greater than 0"),
@@ -85,6 +86,10 @@ def test_sparsity_outside_the_open_unit_interval_is_refused(written: Any, sparsi
 )
 def test_a_family_that_makes_no_sense_is_refused(written: Any, family: dict[str, Any], words: str) -> None:
     assert words in "\n".join(problems_of(written({**MINIMAL, "family": family})))
+
+
+def test_a_seed_that_no_generator_takes_is_refused(written: Any) -> None:
+    assert problems_of(written(MINIMAL), f"seed={2**64}")[0].startswith("seed: expected less than")
 
 
 def test_overrides_are_yaml_reach_nested_keys_and_come_before_validation(written: Any) -> None:
@@ -127,6 +132,7 @@ def test_an_unset_variable_is_named_with_the_key_that_replaces_it(
         ("- a\n- b\n", "expected: a mapping"),
         ("", "got: NoneType"),
         ("model: a\nmodel: b\n", "'model' is given twice"),
+        ("name: 2024-13-45\n", "not valid YAML"),
         ("model: !!python/object/apply:os.system [echo]\n", "not valid YAML"),
     ],
 )

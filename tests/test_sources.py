@@ -203,6 +203,16 @@ def test_python_reference_calls_the_function_with_its_options() -> None:
     assert Architecture.of(model) == Architecture("python", f"{__name__}:make_linear", {"width": 3})
 
 
+def test_python_options_that_the_function_does_not_take_are_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="'depth'"):
+        load_model(f"python:{__name__}:make_linear?width=3&depth=2")
+
+
+def test_a_directory_in_the_place_of_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="in the place of a file"):
+        load_model(f"timm:vit_tiny_patch16_224@{tmp_path}")
+
+
 def test_python_function_must_return_a_model() -> None:
     with pytest.raises(UsageError, match="NoneType"):
         load_model(f"python:{__name__}:make_nothing")

@@ -40,6 +40,8 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
     from deploy_prune.references import MODEL_SCHEMES
 
     path = Path(thing)
+    if thing.partition(":")[0] in MODEL_SCHEMES:  # before the suffixes: timm:NAME@FILE.safetensors is a model
+        return describe_model
     if path.is_dir():
         return describe_bundle
     if path.suffix == ".safetensors":
@@ -48,8 +50,6 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
         return describe_plan
     if path.suffix in (".yaml", ".yml") or thing in builtin_recipes():
         return describe_recipe
-    if thing.partition(":")[0] in MODEL_SCHEMES:
-        return describe_model
     raise UsageError(
         f"cannot tell what {thing!r} is",
         expected="a model reference, FILE.safetensors (path), FILE.json (plan), FILE.yaml (recipe) or a bundle",

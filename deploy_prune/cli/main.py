@@ -31,7 +31,7 @@ COMMANDS = {
     "search": "Score every unit of a model and write the solution path.",
     "export": "Cut models at given budgets from a solution path into a bundle.",
     "bench": "Time ONNX models against each other on a runtime.",
-    "verify": "Check a bundle: hashes, signatures, outputs on stored inputs.",
+    "verify": "Check a bundle: hashes, graphs, outputs on stored inputs.",
     "inspect": "Show what a model, path, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
 }

@@ -11,7 +11,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
-from deploy_prune.pipeline.setup import Setup, prepare
+from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.workspace import (
     Mode,
     Stage,
@@ -53,6 +53,7 @@ def run_recipe(
     `mode` says what may happen to an earlier run (see workspace.py); `note` is told of every stage. Raises the errors
     of every step; none leaves an `out` behind. ParityError means that a member was not what it should be.
     """
+    check_runtimes(recipe)
     setup = prepare(recipe, progress)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
@@ -82,6 +83,16 @@ def run_recipe(
         )
         workspace.finish(bundle)
     return Outcome(out)
+
+
+def check_runtimes(recipe: Recipe) -> None:
+    """Raise UnavailableError when a runtime to be timed is not here: that must not show after hours of search."""
+    from bench.runtimes import get_runtime
+
+    check_names(recipe)
+    if recipe.bench.enabled:
+        for name in recipe.bench.runtimes:
+            get_runtime(name)
 
 
 def run_fingerprint(setup: Setup, path: SolutionPath | None) -> str:

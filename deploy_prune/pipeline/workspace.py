@@ -166,7 +166,14 @@ def refuse_foreign_file(path: Path) -> None:
 
 
 def work_directory(out: Path) -> Path:
-    """Where the stages of `out` are kept."""
+    """Where the stages of `out` are kept: beside it. Raises UsageError for an `out` that has no name, such as `.`."""
+    if out.name in ("", ".."):
+        raise UsageError(
+            "the output needs a name of its own",
+            got=str(out),
+            expected="a directory such as runs/mine",
+            remedy="Choose another directory with --out; nothing was touched.",
+        )
     return out.with_name(out.name + ".work")
 
 

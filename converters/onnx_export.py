@@ -221,7 +221,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _sign(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
-    from deploy_prune import __version__
+    from deploy_prune.version import __version__
 
     proto.producer_name, proto.producer_version = "deploy-prune", __version__
     for key in sorted(metadata):

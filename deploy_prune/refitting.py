@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from deploy_prune.signature import Signature
     from deploy_prune.tasks.base import Batch
 
-# Relative to the mean diagonal. Chosen on held-out calibration images of ViT-Tiny: 1e-4 to 1e-2 are equal within
-# noise there; smaller overfits with few calibration tokens, larger gives up accuracy (bench/notes.md).
+# Relative to the mean diagonal. On held-out calibration images of ViT-Tiny 1e-4 and 1e-3 are equal within noise
+# (bench/notes.md).
 RIDGE = 1e-3
 
 

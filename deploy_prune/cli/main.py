@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from deploy_prune import __version__
 from deploy_prune.errors import DeployPruneError, UnavailableError, did_you_mean
+from deploy_prune.version import __version__
 
 # Name -> one-line summary. The module deploy_prune.cli.NAME is imported only when NAME is called, so that
 # `--help` needs none of them.

@@ -72,11 +72,12 @@ def test_a_stage_is_reused_for_equal_inputs_and_made_again_for_others(tmp_path: 
         assert make(workspace, "path", {"seed": 0}) is False  # one result per stage: the last
 
 
-def test_a_stage_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["half", "whole tex_"])
+def test_a_stage_with_a_damaged_file_is_made_again(tmp_path: Path, damaged: str) -> None:
     out = tmp_path / "out"
     with opened(out) as workspace:
         make(workspace, "path", {}, text="whole text")
-    (work_directory(out) / "path" / "whole").write_text("half")
+    (work_directory(out) / "path" / "whole").write_text(damaged)
     with opened(out, "resume") as workspace:
         assert make(workspace, "path", {}) is False
 

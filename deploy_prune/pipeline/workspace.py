@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
-from deploy_prune.files import TEMPORARY, atomic_dir, read_json, remove_partial, write_json
+from deploy_prune.files import TEMPORARY, atomic_dir, read_json, remove_partial, sha256_file, write_json
 
 Mode = Literal["new", "resume", "fresh"]
 
@@ -216,10 +216,10 @@ def _refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[
         )
 
 
-def _files(directory: Path) -> dict[str, int]:
-    """Relative name -> bytes of every file of a stage but its record."""
+def _files(directory: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file of a stage but its record."""
     return {
-        str(path.relative_to(directory)): path.stat().st_size
+        str(path.relative_to(directory)): sha256_file(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != _RECORD
     }

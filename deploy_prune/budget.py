@@ -99,10 +99,6 @@ class CostModel:
         """MACs of the compact model on the reference input."""
         return self.macs - sum(self._site_macs(s, s.counts) - self._site_macs(s, counts[s.name]) for s in sites)
 
-    def bytes_of(self, sites: Sequence[Site], counts: Counts) -> int:
-        """Bytes of the compact model's parameters in fp32."""
-        return BYTES_PER_PARAMETER * self.params_of(sites, counts)
-
     def _widths(self, site: Site, counts: Mapping[UnitKind, int]) -> dict[str, tuple[int, int]]:
         widths = {
             s.module: (self.layers[s.module].out, self.layers[s.module].inp)

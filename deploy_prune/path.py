@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -205,6 +206,13 @@ class SolutionPath:
             raise UsageError(
                 f"{budget} out of range", expected="a positive number or a share of the dense model", got=f"{value:g}"
             )
+        if value > dense:
+            raise UsageError(
+                f"{budget} out of range",
+                expected=f"at most the dense model's {dense}",
+                got=f"{value:g}",
+                remedy="A value below 1 is a share of the dense model.",
+            )
         return float(value * dense if value < 1 else value)
 
     def _check_kinds(self, kinds: Sequence[str] | None) -> tuple[UnitKind, ...]:
@@ -237,6 +245,7 @@ class SolutionPath:
             "costs": self.costs.to_json(),
             "sites": [_site_to_json(s) for s in self.sites],
         }
+        meta["sha256"] = _digest(meta, self.scores)
         data = save(
             {key: np.ascontiguousarray(v) for key, v in sorted(self.scores.items())},
             {"deploy_prune": json.dumps(meta, sort_keys=True)},
@@ -256,6 +265,8 @@ class SolutionPath:
                 scores = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if meta["_type"] != "SolutionPath" or meta["_version"] != VERSION:
                 raise ValueError(f"type {meta['_type']!r}, version {meta['_version']!r}")
+            if meta.pop("sha256") != _digest(meta, scores):
+                raise ValueError("the content is not what its sha256 says")
             loaded = SolutionPath(
                 meta["model"],
                 meta["weights_sha256"],
@@ -304,6 +315,15 @@ class _Units:
             repeat([float(costs.unit_params(s, k)) for s, k in found]),
             np.array([k is not UnitKind.HEAD for _, k in found]),
         )
+
+
+def _digest(meta: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> str:
+    """Hex SHA-256 of everything a path file says, so that a flipped bit anywhere is seen."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for key, values in sorted(scores.items()):
+        digest.update(f"{key}|{values.dtype}|{values.shape}|".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def _site_to_json(site: Site) -> dict[str, Any]:

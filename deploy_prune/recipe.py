@@ -98,10 +98,13 @@ class RefitPart(Part):
     batch_size: Count = 32
 
 
+MAX_OPSET = 23  # the newest one tried with the exporter
+
+
 class ExportPart(Part):
     """The ONNX files. `checkpoints` also stores every member as safetensors with its plan."""
 
-    opset: Annotated[int, Field(ge=18)] = 18
+    opset: Annotated[int, Field(ge=18, le=MAX_OPSET)] = 18
     checkpoints: bool = True
 
 

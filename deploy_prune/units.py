@@ -83,12 +83,6 @@ def unit_key(site: str, kind: UnitKind) -> str:
     return f"{site}/{kind.value}"
 
 
-def split_key(key: str) -> tuple[str, UnitKind]:
-    """Inverse of `unit_key`. Raises ValueError for an unknown kind."""
-    site, _, kind = key.rpartition("/")
-    return site, UnitKind(kind)
-
-
 def groups(sites: Iterable[Site], kinds: Iterable[UnitKind] | None = None) -> list[tuple[Site, UnitKind]]:
     """Every (site, kind) with units, in model order, restricted to `kinds` when given."""
     wanted = None if kinds is None else set(kinds)

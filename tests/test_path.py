@@ -88,6 +88,7 @@ def test_a_sparsity_outside_zero_and_one_is_refused(path, sparsity):
         ({"sparsity": 0.3, "align": 0}, "alignment"),
         ({"budget": "params", "value": -3}, "params out of range"),
         ({"budget": "params", "value": 10}, "best reachable"),
+        ({"budget": "params", "value": 1e12}, "at most the dense model's"),
     ],
 )
 def test_an_impossible_request_says_what_is_possible(path, arguments, message):
@@ -142,7 +143,7 @@ def test_a_directory_is_not_a_path_file(tmp_path):
         SolutionPath.load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip header", "other file"])
+@pytest.mark.parametrize("damage", ["truncate", "flip header", "flip a score", "edit the method", "other file"])
 def test_a_damaged_path_file_is_refused(tmp_path, path, damage):
     file = tmp_path / "p.safetensors"
     path.save(file)
@@ -151,6 +152,11 @@ def test_a_damaged_path_file_is_refused(tmp_path, path, damage):
         data = data[: len(data) // 2]
     elif damage == "flip header":
         data[12] ^= 0xFF
+    elif damage == "flip a score":
+        data[-20] ^= 0x01
+    elif damage == "edit the method":
+        assert b"random" in data
+        data = data.replace(b"random", b"fisher")
     else:
         from safetensors.numpy import save
 

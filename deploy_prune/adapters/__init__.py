@@ -34,7 +34,7 @@ def adapter_for(model: nn.Module) -> Adapter:
         expected="one of the families " + ", ".join(a.name for a in ADAPTERS),
         got=f"{type(model).__module__}.{type(model).__name__}",
         problems=sublayers or ["no sublayer looks like attention or feed-forward"],
-        remedy="Write an adapter (CONTRIBUTING.md, 'Add an architecture'): one file and one registry line.",
+        remedy="Write an adapter (CONTRIBUTING.md, 'To add an architecture'): one file and one registry line.",
     )
 
 

@@ -91,6 +91,6 @@ def checked(model: nn.Module, family: str, sites: list[Site], problems: list[str
             f"{len(problems) or 'all'} sites not understood",
             where=f"{type(model).__name__} (adapter {family})",
             problems=problems or ["the model has no attention or feed-forward site"],
-            remedy="Write an adapter for this variant (CONTRIBUTING.md, 'Add an architecture').",
+            remedy="Write an adapter for this variant (CONTRIBUTING.md, 'To add an architecture').",
         )
     return tuple(sites)

@@ -191,15 +191,15 @@ class SppSearch:
 
     def entered(self) -> float:
         """Share of the units that are in the support of Γ."""
-        inside = sum(int(entry.isfinite().sum()) for entry in self.lbi.entry.values())
-        return inside / sum(len(entry) for entry in self.lbi.entry.values())
+        inside = torch.stack([entry.isfinite().sum() for entry in self.lbi.entry.values()]).sum()
+        return int(inside) / sum(len(entry) for entry in self.lbi.entry.values())
 
     def _steer(self, gradients: Mapping[str, Tensor]) -> None:
         """1/ν = pressure · the running mean of |∂L/∂m| per parameter: ν must follow the loss's own scale.
 
         At M = 1 a distilled loss has no gradient at all; FLOOR sets the gates going.
         """
-        total = sum(float(g.abs().sum()) for g in gradients.values())
+        total = float(torch.stack([g.abs().sum() for g in gradients.values()]).sum())
         price = total / sum(self.cost[key] * len(g) for key, g in gradients.items())
         self.price = price if not self.price else BETA1 * self.price + (1 - BETA1) * price
         self.inverse_nu = max(self.options.pressure * self.price, FLOOR)

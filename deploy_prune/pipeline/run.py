@@ -19,6 +19,7 @@ from deploy_prune.pipeline.workspace import (
     discard,
     fingerprint,
     open_workspace,
+    refuse_foreign,
     work_directory,
 )
 from deploy_prune.progress import SILENT, Progress
@@ -54,6 +55,7 @@ def run_recipe(
     of every step; none leaves an `out` behind. ParityError means that a member was not what it should be.
     """
     check_runtimes(recipe)
+    refuse_foreign(out, work_directory(out), mode, is_bundle)  # before a model is loaded, let alone trained
     setup = prepare(recipe, progress)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written

@@ -110,7 +110,7 @@ def open_workspace(
     cannot be written.
     """
     directory = work_directory(out)
-    _refuse_foreign(out, directory, mode, is_output)
+    refuse_foreign(out, directory, mode, is_output)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -177,7 +177,9 @@ def work_directory(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def _refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool]) -> None:
+def refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool]) -> None:
+    """Raise UsageError when the output, or its work directory, holds what this project did not write, or may not
+    replace in this `mode`."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_output(out):
             what = "a directory with other files" if out.is_dir() else "a file"

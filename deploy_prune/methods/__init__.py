@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions),
+        Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions, "separate"),
         Method("fisher", "squared gradient of the gates, summed over examples", fisher),
         Method("taylor", "absolute summed gradient of the gates", taylor),
         Method("magnitude", "squared weights of the coupled rows and columns", magnitude),

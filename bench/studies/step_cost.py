@@ -74,7 +74,7 @@ def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
                 _plain_step(context, sites[0], batch, search.objective, reference)
             if round_ >= 3:  # the first rounds fill caches
                 times[str(kind)].append(1e3 * (time.perf_counter() - start))
-    ratio = ratio_of_medians(np.array([times["spp"]]), np.array([times["plain"]]), seed=0)
+    ratio = ratio_of_medians(np.array(times["spp"])[:, None], np.array(times["plain"])[:, None], seed=0)
     return {
         "model": name,
         "precision": precision,

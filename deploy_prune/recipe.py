@@ -112,7 +112,7 @@ class ParityPart(Part):
     """How equal masked, compact and ONNX must be, relative to the largest output. `examples` real ones are added to the
     made-up inputs."""
 
-    tolerance: Positive = 1e-4
+    tolerance: Positive = 2e-4
     examples: Count = 4
 
 

@@ -19,7 +19,8 @@ from deploy_prune.pipeline.workspace import Mode, Workspace, discard, open_works
 
 # Three stages, each named in a log when it is really done; the last becomes the output. Killed by the test.
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
 from pathlib import Path
 from deploy_prune.cli.main import cli, run_command
 import click

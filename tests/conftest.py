@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: uses real weights and data; seconds to minutes")
-
-
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Root of the real data (models/, imagenet/, glue/, wikitext2/, ...)."""

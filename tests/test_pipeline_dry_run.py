@@ -173,3 +173,26 @@ def test_a_runtime_that_is_not_here_stops_a_run_before_anything_is_loaded(
     with pytest.raises(UnavailableError, match="no GPU answers"):
         run_recipe(recipe(model="python:no_such_module:f", bench={"runtimes": ["ort-cpu", "ort-cuda"]}), out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_taken_output_stops_a_run_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import deploy_prune.pipeline.run as run
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match="the output is taken"):
+        run_recipe(load_recipe("digits"), tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_sequence_lengths_for_a_model_without_a_sequence_stop_a_run_before_the_search(tmp_path: Path) -> None:
+    overrides = ["model=python:deploy_prune.demo:digits_vit_untrained", "bench.seq=[5]"]
+    with pytest.raises(UsageError, match="no sequence to vary"):
+        run_recipe(load_recipe("digits", overrides), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_nobody_tried_is_refused() -> None:
+    with pytest.raises(UsageError, match="opset"):
+        load_recipe("digits", ["export.opset=99"])

@@ -124,6 +124,8 @@ class SppSearch:
     Setting up costs one forward pass over the calibration subset, for the mean activations, the objective of the
     dense model and, to distil, its outputs, and a backward pass over some of it for F. The batches stay in memory; no
     state is held for any weight.
+
+    ν changes on the way and α with it: V's step α/ν is constant, 1 / (entry_share · steps).
     """
 
     def __init__(self, context: Context, options: SppOptions) -> None:

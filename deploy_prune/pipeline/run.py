@@ -57,6 +57,7 @@ def run_recipe(
     check_runtimes(recipe)
     refuse_foreign(out, work_directory(out), mode, is_bundle)  # before a model is loaded, let alone trained
     setup = prepare(recipe, progress)
+    _check_lengths(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
@@ -95,6 +96,19 @@ def check_runtimes(recipe: Recipe) -> None:
     if recipe.bench.enabled:
         for name in recipe.bench.runtimes:
             get_runtime(name)
+
+
+def _check_lengths(setup: Setup) -> None:
+    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence."""
+    lengths = setup.recipe.bench.seq
+    if lengths and "sequence" not in setup.task.signature.dynamic:
+        raise UsageError(
+            "the model has no sequence to vary",
+            where="recipe key bench.seq",
+            expected="no bench.seq for " + setup.task.name,
+            got=str(lengths),
+            remedy="Leave bench.seq out.",
+        )
 
 
 def run_fingerprint(setup: Setup, path: SolutionPath | None) -> str:

@@ -1,7 +1,7 @@
 """Putting a bundle together: files in their places, a model card, and a manifest that hashes them all.
 
 manifest.json  README.md  models/NAME.onnx  checkpoints/NAME/  plans/NAME.json  samples/NAME.safetensors
-path.safetensors  bench/  report.html
+path.safetensors  bench/
 """
 
 from __future__ import annotations

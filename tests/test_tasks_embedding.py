@@ -165,3 +165,18 @@ def test_minilm_reaches_its_known_correlation_on_real_pairs(data_dir: Path) -> N
     quality = task.evaluate(lambda inputs: task.signature.call(model, inputs), limit=600)
     assert quality.interval[0] < 0.867 < quality.interval[1]
     assert quality.value > 0.8
+
+
+def test_calibration_is_the_batches_of_its_items_in_the_order_of_the_seed(folder: Path) -> None:
+    _, task = task_of(folder, pairs())
+    items = task.calibration_items(10)
+    assert len(items) == 5  # pairs, which make ten rows
+    batches = task.calibration_batches(task.calibration_order(items, 4, seed=3))
+    for given, expected in zip(batches, task.calibration(4, limit=10, seed=3), strict=True):
+        assert all(torch.equal(given.inputs[name], expected.inputs[name]) for name in expected.inputs)
+
+
+def test_given_batches_are_judged_in_place_of_the_evaluation_data(folder: Path) -> None:
+    model, task = task_of(folder, pairs())
+    held_out = list(task.calibration_batches([[0, 3], [5, 1, 2]]))
+    assert task.evaluate(lambda inputs: task.signature.call(model, inputs), batches=held_out).n == 5

@@ -85,9 +85,21 @@ class Task(ABC):
     def evaluation_size(self) -> int:
         """Rows of one pass over the evaluation data; 0 without evaluation data."""
 
-    @abstractmethod
     def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
         """One shuffled pass. `limit` picks evenly spaced examples, always the same; `seed` sets their order only."""
+        return self.calibration_batches(self.calibration_order(self.calibration_items(limit), batch_size, seed))
+
+    def calibration_items(self, limit: int | None = None) -> list[int]:
+        """Indices of the calibration examples that are never split, evenly spaced; as many as make `limit` rows."""
+        return spread(self.calibration_size, limit)
+
+    def calibration_order(self, items: Sequence[int], batch_size: int, seed: int = 0) -> list[list[int]]:
+        """`items` in batches of about `batch_size` rows, in the order that `seed` sets."""
+        return chunks(shuffled(items, seed), batch_size)
+
+    @abstractmethod
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The batches that lists of calibration items name, one after another."""
 
     @abstractmethod
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -133,11 +145,13 @@ class Task(ABC):
         limit: int | None = None,
         progress: Progress | None = None,
         reference: Predict | np.ndarray | None = None,
+        batches: Sequence[Batch] | None = None,
     ) -> Quality:
         """The metric of whatever computes `predict(inputs) -> output`: torch on any device, or another runtime.
 
         The metric "agreement" needs the dense model's `reference`: its predict function, or what `reference_answers`
-        returned for the same limit. Raises GateError when an output is not finite.
+        returned for the same limit. `batches` are judged in place of the evaluation data. Raises GateError when an
+        output is not finite.
         """
         import numpy as np
 
@@ -145,7 +159,12 @@ class Task(ABC):
             raise UsageError("agreement needs the dense model to agree with", remedy="Pass reference=.")
         parts: list[np.ndarray] = []
         done = 0
-        for batch in self._evaluation_with_progress(batch_size, limit, progress, f"evaluate {self.metric}"):
+        stream: Iterator[Batch] = (
+            self._evaluation_with_progress(batch_size, limit, progress, f"evaluate {self.metric}")
+            if batches is None
+            else track(batches, progress, f"judge {self.metric}")
+        )
+        for batch in stream:
             output = self._output(predict, batch)
             if self.metric != AGREEMENT:
                 parts.append(self._score(output, batch))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
 from deploy_prune.signature import Signature, TensorSpec
-from deploy_prune.tasks.base import AGREEMENT, Batch, Task, chunks, require_target, shuffled, spread
+from deploy_prune.tasks.base import AGREEMENT, Batch, Task, chunks, require_target, spread
 from deploy_prune.tasks.classification import divergence
 from deploy_prune.tasks.quality import bootstrap, perplexity, ratio_of_sums
 from deploy_prune.tasks.tokens import max_length_of, pad_id_of, text_inputs
@@ -101,18 +101,17 @@ class CausalLM(Task):
     def evaluation_size(self) -> int:
         return len(self._evaluation)
 
-    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
-        order = shuffled(spread(self.calibration_size, limit), seed)
-        return self._stream([self._calibration[i] for i in order], batch_size)
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        return self._stream(self._calibration, order)
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         self._evaluation_examples()
-        return self._stream([self._evaluation[i] for i in spread(self.evaluation_size, limit)], batch_size)
+        return self._stream(self._evaluation, chunks(spread(self.evaluation_size, limit), batch_size))
 
-    def _stream(self, windows: Sequence[tuple[list[int], int]], batch_size: int) -> Iterator[Batch]:
+    def _stream(self, windows: Sequence[tuple[list[int], int]], batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         import torch
 
-        for batch in chunks(range(len(windows)), batch_size):
+        for batch in batches:
             ids = torch.full((len(batch), self.length), self._pad)
             mask = torch.zeros_like(ids)
             target = torch.full_like(ids, _SKIP)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.signature import Signature, TensorSpec
-from deploy_prune.tasks.base import AGREEMENT, Batch, chunks, shuffled, spread
+from deploy_prune.tasks.base import AGREEMENT, Batch, chunks, spread
 from deploy_prune.tasks.classification import Classification, class_indices
 from deploy_prune.tasks.images import Preparation, PreparedImages, preparation
 
@@ -77,13 +77,13 @@ class ImageClassification(Classification):
     def evaluation_size(self) -> int:
         return len(self.evaluation_data) if self.evaluation_data else 0
 
-    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
-        return self._calibration.stream(shuffled(spread(self.calibration_size, limit), seed), batch_size)
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        return self._calibration.stream(order)
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         self._evaluation_examples()
         assert self._evaluation is not None
-        return self._evaluation.stream(spread(self.evaluation_size, limit), batch_size)
+        return self._evaluation.stream(chunks(spread(self.evaluation_size, limit), batch_size))
 
     def describe(self) -> dict[str, Any]:
         shown = self.preparation
@@ -107,10 +107,9 @@ class _Split:
         self._images = PreparedImages(examples.column("image"), prepared, examples.reference)
         self._labels = class_indices(examples, classes, None, metric)
 
-    def stream(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    def stream(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         import torch
 
-        batches = chunks(indices, batch_size)
         for batch, pixels in zip(batches, self._images.stream(batches), strict=True):
             target = None if self._labels is None else torch.tensor([self._labels[i] for i in batch])
             yield Batch({"pixel_values": pixels}, target)

@@ -102,11 +102,16 @@ class SentenceEmbedding(Task):
     def evaluation_size(self) -> int:
         return self._evaluation.size if self._evaluation else 0
 
-    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
+    def calibration_items(self, limit: int | None = None) -> list[int]:
+        return self._calibration.items(limit)
+
+    def calibration_order(self, items: Sequence[int], batch_size: int, seed: int = 0) -> list[list[int]]:
         split = self._calibration
-        order = shuffled(split.items(limit), seed)
-        batches = grouped(order, split.lengths(order), split.per_batch(batch_size), seed)
-        return (split.batch(items, self._pad) for items in batches)
+        order = shuffled(items, seed)
+        return grouped(order, split.lengths(order), split.per_batch(batch_size), seed)
+
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        return (self._calibration.batch(items, self._pad) for items in order)
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         self._evaluation_examples()

@@ -99,10 +99,13 @@ class TextClassification(Classification):
     def evaluation_size(self) -> int:
         return len(self.evaluation_data) if self.evaluation_data else 0
 
-    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
+    def calibration_order(self, items: Sequence[int], batch_size: int, seed: int = 0) -> list[list[int]]:
         rows, _ = self._calibration
-        order = shuffled(spread(self.calibration_size, limit), seed)
-        return self._stream(self._calibration, grouped(order, rows.lengths(order), batch_size, seed))
+        order = shuffled(items, seed)
+        return grouped(order, rows.lengths(order), batch_size, seed)
+
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        return self._stream(self._calibration, order)
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         self._evaluation_examples()

@@ -159,15 +159,19 @@ def _check_shape(model: nn.Module, plan: PrunePlan) -> None:
     from deploy_prune.adapters import find_sites
 
     problems = []
-    for site in find_sites(model):
+    found = {site.name: site for site in find_sites(model)}
+    for name, entry in plan.keep.items():
+        if name not in found and any(entry.values()):
+            problems.append(f"{name}: not in the model, the plan keeps some of it")
+    for name, site in found.items():
         for kind, count in site.counts.items():
-            if site.name not in plan.keep or kind not in plan.keep[site.name]:
-                problems.append(f"{site.name}: the plan says nothing of its {kind.value} units")
+            if name not in plan.keep or kind not in plan.keep[name]:
+                problems.append(f"{name}: the plan says nothing of its {kind.value} units")
                 continue
             # grouped heads: the compact site still says how many query heads share a key/value head
             planned = len(plan.kept(site, kind))
-            if planned != count:
-                problems.append(f"{site.name}: has {count} {kind.value} units, the plan keeps {planned}")
+            if planned != site.units(kind):
+                problems.append(f"{name}: has {site.units(kind)} {kind.value} units, the plan keeps {planned}")
     if problems:
         raise PlanError(
             "the model is not the one this plan cuts",

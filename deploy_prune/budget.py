@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from deploy_prune.units import Site, SiteKind, UnitKind
+from deploy_prune.units import PER_HEAD, Axis, Site, SiteKind, UnitKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,11 +23,16 @@ Counts = Mapping[str, Mapping[UnitKind, int]]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A linear layer before the cut: features made, features read, and whether it has a bias."""
+    """A layer before the cut: features made, features read, whether it has a bias, and positions it processes.
+
+    `tokens` counts positions over all uses of the layer for the reference input; a bare parameter has 0, and costs no
+    multiplications.
+    """
 
     out: int
     inp: int
     bias: bool
+    tokens: int
 
     def params(self, out: int, inp: int) -> int:
         return out * inp + (out if self.bias else 0)
@@ -37,14 +42,16 @@ class LayerShape:
 class CostModel:
     """Costs of the dense model and of any plan cut from it.
 
-    `macs` are those of one reference input (batch 1) whose dynamic dimensions are `sizes`; `tokens` gives the
-    positions each site processes for it. An attention product costs tokens² · (query-key width + value width) per head.
+    `macs` are those of one reference input (batch 1) whose dynamic dimensions are `sizes`. `pairs` gives the query-key
+    pairs that each attention site compares for it: one costs (query-key width + value width) per head. `alone` gives
+    the parameters of the modules that leave with a site.
     """
 
     params: int
     macs: int
     layers: Mapping[str, LayerShape]
-    tokens: Mapping[str, int]
+    pairs: Mapping[str, int]
+    alone: Mapping[str, int]
     sizes: Mapping[str, int]
 
     @staticmethod
@@ -52,44 +59,64 @@ class CostModel:
         model: nn.Module, sites: Sequence[Site], signature: Signature, inputs: Mapping[str, Tensor]
     ) -> CostModel:
         """Run `model` once on `inputs` (batch 1) and count. MACs are half of torch's FLOP counter."""
-        import torch
+        from torch import nn
 
-        tokens: dict[str, int] = {}
+        from deploy_prune.layers import bias_of, layer_at, width
+
+        found = {name: layer_at(model, name) for site in sites for name, _ in site.axes()}
+        tokens = dict.fromkeys(found, 0)
+        pairs = dict.fromkeys((s.name for s in sites if s.kind is SiteKind.ATTENTION), 0)
+        own = {site.out: site.name for site in sites}
         handles = []
-        for site in sites:
+        for name, layer in found.items():
+            if not isinstance(layer, nn.Module):
+                continue
 
-            def note(_: nn.Module, args: tuple[Tensor, ...], name: str = site.name) -> None:
-                tokens[name] = args[0][..., 0].numel()
+            def note(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                count = args[0][..., 0].numel()
+                tokens[name] += count
+                if own.get(name) in pairs:
+                    pairs[own[name]] += count * args[0].shape[-2]
 
-            handles.append(model.get_submodule(site.out).register_forward_pre_hook(note))
+            handles.append(layer.register_forward_pre_hook(note))
         try:
             macs = count_macs(model, signature, inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        layers = {}
-        for site in sites:
-            for slices in site.slices.values():
-                for s in slices:
-                    linear = model.get_submodule(s.module)
-                    assert isinstance(linear, torch.nn.Linear)
-                    layers[s.module] = LayerShape(linear.out_features, linear.in_features, linear.bias is not None)
+        layers = {
+            name: LayerShape(width(layer, "out"), width(layer, "in"), bias_of(layer) is not None, tokens[name])
+            for name, layer in found.items()
+        }
+        alone = {s.name: sum(count_params(model.get_submodule(m)) for m in s.alone) for s in sites}
         sizes = {
             d: inputs[spec.name].shape[i]
             for spec in signature.inputs
             for i, d in enumerate(spec.shape)
             if isinstance(d, str)
         }
-        return CostModel(count_params(model), macs, layers, tokens, sizes)
+        return CostModel(count_params(model), macs, layers, pairs, alone, sizes)
 
     def unit_params(self, site: Site, kind: UnitKind) -> int:
-        """Parameters that leave with one unit of `kind` at `site` when nothing else is cut there."""
-        full = dict(site.counts)
-        return self._site_params(site, full) - self._site_params(site, {**full, kind: full[kind] - 1})
+        """Parameters that leave with one slot of `kind` at `site` (qk, vo: one unit of every head) when nothing else is
+        cut there."""
+        slices = site.slices[kind]
+        lanes = site.lanes(kind)
+        total = 0
+        for s in slices:
+            shape = self.layers[s.layer]
+            features = lanes * s.per_unit
+            total += features * (shape.inp + shape.bias if s.axis == "out" else shape.out)
+        return total
 
     def prunable(self, sites: Sequence[Site], kinds: Sequence[UnitKind] | None = None) -> int:
-        """Parameters that lie in units of the given kinds: what a sparsity of 1 would remove."""
-        return sum(self.unit_params(s, k) * s.counts[k] for s in sites for k in s.counts if kinds is None or k in kinds)
+        """Parameters that lie in units of the given kinds: what a sparsity of 1 would remove. Those that belong to
+        units of two kinds (a head and its dimensions) count once."""
+        total = 0
+        for site in sites:
+            counts = {k: 0 if kinds is None or k in kinds else n for k, n in site.counts.items()}
+            total += self._units_params(site, site.counts) - self._units_params(site, counts)
+        return total
 
     def params_of(self, sites: Sequence[Site], counts: Counts) -> int:
         """Parameters of the compact model."""
@@ -100,34 +127,64 @@ class CostModel:
         return self.macs - sum(self._site_macs(s, s.counts) - self._site_macs(s, counts[s.name]) for s in sites)
 
     def _widths(self, site: Site, counts: Mapping[UnitKind, int]) -> dict[str, tuple[int, int]]:
-        widths = {
-            s.module: (self.layers[s.module].out, self.layers[s.module].inp)
-            for slices in site.slices.values()
-            for s in slices
-        }
-        for kind, slices in site.slices.items():
-            for s in slices:
-                out, inp = widths[s.module]
-                gone = (site.counts[kind] - counts[kind]) * s.block * s.parts
-                widths[s.module] = (out - gone, inp) if s.axis == "out" else (out, inp - gone)
+        """(features made, features read) of every layer of a site. Kinds share features: what head h of n keeps of its
+        width w is n·w, so a layer's width is the product of the kept shares."""
+        widths = {}
+        for layer in dict.fromkeys(name for name, _ in site.axes()):
+            shape = self.layers[layer]
+            widths[layer] = (
+                self._kept(site, layer, "out", shape.out, counts),
+                self._kept(site, layer, "in", shape.inp, counts),
+            )
         return widths
 
-    def _site_params(self, site: Site, counts: Mapping[UnitKind, int]) -> int:
+    def _kept(self, site: Site, layer: str, axis: Axis, full: int, counts: Mapping[UnitKind, int]) -> int:
+        """Features that stay on one axis: those of no kind, and of each part the product of its kinds' kept counts."""
+        heads = site.counts.get(UnitKind.HEAD, 0)
+        kept_heads = counts.get(UnitKind.HEAD, heads)
+        left = full
+        own = {k: [s for s in v if (s.layer, s.axis) == (layer, axis)] for k, v in site.slices.items()}
+        inner = 0  # features of one head that qk and vo units own here
+        inner_kept = 0
+        for kind in PER_HEAD:
+            for s in own.get(kind, ()):
+                inner += site.counts[kind] * s.per_unit
+                inner_kept += counts[kind] * s.per_unit
+        for kind, slices in own.items():
+            if kind in PER_HEAD:
+                continue
+            for s in slices:
+                left -= (site.counts[kind] - counts[kind]) * s.per_unit
+        return left - kept_heads * (inner - inner_kept)
+
+    def _units_params(self, site: Site, counts: Mapping[UnitKind, int]) -> int:
         return sum(self.layers[m].params(*w) for m, w in self._widths(site, counts).items())
 
+    def _site_params(self, site: Site, counts: Mapping[UnitKind, int]) -> int:
+        if counts[site.vanishing_kind]:
+            return self._units_params(site, counts) + self.alone[site.name]
+        out = self.layers[site.out]
+        return out.out if out.bias else 0
+
     def _site_macs(self, site: Site, counts: Mapping[UnitKind, int]) -> int:
-        tokens = self.tokens[site.name]
-        macs = sum(tokens * out * inp for out, inp in self._widths(site, counts).values())
+        if not counts[site.vanishing_kind]:
+            return 0
+        macs = sum(self.layers[m].tokens * out * inp for m, (out, inp) in self._widths(site, counts).items())
         if site.kind is SiteKind.ATTENTION:
             heads = counts[UnitKind.HEAD] * site.query_heads_per_unit
-            macs += heads * 2 * site.head_dim * tokens * tokens
+            widths = [
+                full * counts[kind] // site.counts[kind] if kind in site.counts else full
+                for kind, full in ((UnitKind.QK, site.qk_width), (UnitKind.VO, site.vo_width))
+            ]
+            macs += heads * sum(widths) * self.pairs[site.name]
         return macs
 
     def to_json(self) -> dict[str, Any]:
         return {
             "params": self.params,
             "macs": self.macs,
-            "tokens": dict(self.tokens),
+            "pairs": dict(self.pairs),
+            "alone": dict(self.alone),
             "sizes": dict(self.sizes),
             "layers": {name: asdict(shape) for name, shape in self.layers.items()},
         }
@@ -138,7 +195,8 @@ class CostModel:
             data["params"],
             data["macs"],
             {n: LayerShape(**s) for n, s in data["layers"].items()},
-            data["tokens"],
+            data["pairs"],
+            data["alone"],
             data["sizes"],
         )
 
@@ -149,10 +207,14 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> int:
-    """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, by torch's counter."""
+    """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, by torch's counter.
+
+    Attention runs as plain matrix products meanwhile: some torch versions do not count their fused CPU kernel.
+    """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         signature.call(model, inputs)
     return counter.get_total_flops() // 2

@@ -1,4 +1,4 @@
-"""Gates on a live model: a multiplier per unit where the output projection reads the units' activations."""
+"""Gates on a live model: a multiplier per unit, where the output projection reads it or the query layer makes it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from deploy_prune.layers import layer_at, width
 from deploy_prune.units import Site, UnitKind, groups, unit_key
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def open_gates(
     """Gates at 1 for every unit: float32, (units,) or (batch, units)."""
     return {
         unit_key(site.name, kind): torch.ones(
-            (site.counts[kind],) if batch is None else (batch, site.counts[kind]), device=device
+            (site.units(kind),) if batch is None else (batch, site.units(kind)), device=device
         )
         for site, kind in groups(sites, kinds)
     }
@@ -38,18 +39,27 @@ def open_gates(
 def gated(
     model: nn.Module, sites: Sequence[Site], gates: GateValues, means: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Within the block the model runs with x ← m·x + (1 − m)·μ at the input of every gated output projection.
+    """Within the block the model runs with x ← m·x + (1 − m)·μ where the gated units appear.
 
-    `means` gives μ by site name, each (features of the output projection,); without it μ = 0. Gates at exactly 1
-    leave the output bit-identical. Gradients flow into `gates`.
+    `means` gives μ at the input of the output projections by site name, each (features,); without it, and always for
+    qk, μ = 0. Gates at exactly 1 leave the output bit-identical. Gradients flow into `gates`.
     """
     with ExitStack() as stack:
         for site, kind in groups(sites):
             gate = gates.get(unit_key(site.name, kind))
             if gate is None:
                 continue
-            hook = _GateHook(gate, site.reading_slice(kind).block, None if means is None else means[site.name])
-            handle = model.get_submodule(site.out).register_forward_pre_hook(hook)
+            own = site.gate_slice(kind)
+            layer = layer_at(model, own.layer)
+            assert isinstance(layer, nn.Module)
+            owner = torch.from_numpy(site.owner(own, kind, width(layer, own.axis)))
+            mean = None if means is None or own.axis == "out" else means[site.name]
+            hook = _GateHook(gate, owner, mean)
+            handle = (
+                layer.register_forward_hook(hook.after)
+                if own.axis == "out"
+                else layer.register_forward_pre_hook(hook.before)
+            )
             stack.callback(handle.remove)
         yield
 
@@ -60,7 +70,7 @@ def masked(model: nn.Module, sites: Sequence[Site], plan: PrunePlan) -> Iterator
     device = next(model.parameters()).device
     gates = {}
     for site, kind in groups(sites):
-        gate = torch.zeros(site.counts[kind], device=device)
+        gate = torch.zeros(site.units(kind), device=device)
         gate[plan.kept(site, kind)] = 1.0
         gates[unit_key(site.name, kind)] = gate
     with gated(model, sites, gates):
@@ -68,18 +78,33 @@ def masked(model: nn.Module, sites: Sequence[Site], plan: PrunePlan) -> Iterator
 
 
 class _GateHook:
-    """Forward pre-hook on an output projection; (batch, tokens, features) in and out."""
+    """Scales features of a layer's input or output, (batch, ..., features), by the gates of the units that own them.
 
-    def __init__(self, gate: Tensor, block: int, mean: Tensor | None) -> None:
-        self.gate, self.block, self.mean = gate, block, mean
+    `owner` (features,) names each feature's unit, -1 where there is none.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *rest = args
-        gate = self.gate if self.block == 1 else self.gate.repeat_interleave(self.block, dim=-1)
+    def __init__(self, gate: Tensor, owner: Tensor, mean: Tensor | None) -> None:
+        self.gate, self.mean = gate, mean
+        self.owner = owner.to(gate.device)
+        self.free = self.owner < 0 if bool((self.owner < 0).any()) else None
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.scaled(args[0]), *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self.scaled(output)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        gate = self.gate.index_select(-1, self.owner.clamp(min=0))
+        if self.free is not None:
+            gate = torch.where(self.free, torch.ones((), dtype=gate.dtype, device=gate.device), gate)
         gate = gate.to(x.dtype)
         if gate.dim() == 2:
+            rows = gate.shape[0]
+            if x.shape[0] != rows:  # windows of attention: several rows of x belong to one example
+                gate = gate.repeat_interleave(x.shape[0] // rows, dim=0)
             gate = gate.view(gate.shape[0], *(1,) * (x.dim() - 2), gate.shape[1])
         y = x * gate
         if self.mean is not None:
             y = y + (1.0 - gate) * self.mean.to(x.dtype)
-        return (y, *rest)
+        return y

@@ -15,12 +15,12 @@ from deploy_prune.budget import BUDGETS, BYTES_PER_PARAMETER, Budget, CostModel
 from deploy_prune.errors import ArtifactError, BudgetError, UsageError, did_you_mean
 from deploy_prune.files import atomic_file, existing_file
 from deploy_prune.plan import Costs, PrunePlan, Target, plan_from_units
-from deploy_prune.units import Site, SiteKind, Slice, UnitKind, groups, unit_key
+from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, site_from_json, site_to_json, unit_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2  # 2: qk and vo units, and sites that vanish
 # How importance becomes an order of leaving.
 #   global: by importance per parameter, over all sites and kinds (thresholded together at equal cost);
 #   separate: the same within each kind, every kind giving up the same share of its parameters (the paper's quantiles);
@@ -33,7 +33,10 @@ ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 class SolutionPath:
     """`scores` maps a unit key ("blocks.3.attn/head") to float64 (units,) in (0, 1]: small leaves first.
 
-    A score is the share of prunable parameters gone once that unit has left, so a threshold is a sparsity.
+    A score is the share of prunable parameters gone once that unit has left, so a threshold is a sparsity; where units
+    of two kinds share parameters (a head and its dimensions) they count for both, and it is a little more than that.
+    qk and vo leave in slots, one unit of every head at once, each head's least important first: the units of a slot
+    have one score. `plan` finds the exact costs.
     """
 
     model: str
@@ -71,7 +74,12 @@ class SolutionPath:
                 remedy="The model or its data produces NaN; try precision: fp32.",
             )
         units = _Units.of(sites, costs, None)
-        raw = np.concatenate([np.asarray(importance[key], dtype=np.float64) for key in units.keys])
+        rank = {
+            unit_key(s.name, k): _rank_in_lane(np.asarray(importance[unit_key(s.name, k)], np.float64), s.lanes(k))
+            for s, k in units.groups
+        }
+        slots = [_by_slot(np.asarray(importance[key], np.float64), rank[key]) for key in units.keys]
+        raw = np.concatenate(slots)
         pool = {"global": np.zeros_like(units.group), "separate": units.kind, "uniform": units.group}[allocation]
         within = np.zeros(len(raw))
         for p in np.unique(pool):
@@ -81,7 +89,7 @@ class SolutionPath:
         order = np.argsort(within, kind="stable")
         score = np.empty(len(raw))
         score[order] = np.cumsum(units.params[order]) / units.params.sum()
-        scores = {key: score[units.group == g] for g, key in enumerate(units.keys)}
+        scores = {key: score[units.group == g][rank[key]] for g, key in enumerate(units.keys)}
         return SolutionPath(
             model, weights_sha256, tuple(sites), costs, scores, method, {"allocation": allocation, **(options or {})}
         )
@@ -99,15 +107,18 @@ class SolutionPath:
 
         `sparsity` (or budget="sparsity", value=...) is the share of prunable parameters, of the given unit `kinds`,
         to remove: the least plan that removes at least so much. For `params`, `macs` and `bytes`, `value` is the most
-        that may remain, as a number or, below 1, as a share of the dense model. `align` keeps every site's neuron
-        count at a multiple of it (or whole). Every site keeps at least one unit.
+        that may remain, as a number or, below 1, as a share of the dense model. `align` keeps every site's neurons, and
+        the query/key and value widths of its heads, at a multiple of it (or whole). A site may vanish; one that stays
+        keeps at least one unit of every kind.
 
         Raises UsageError for a target outside its range, BudgetError naming the best reachable.
         """
         value = self._check_target(sparsity, budget, value, align)
         chosen = self._check_kinds(kinds)
         units = _Units.of(self.sites, self.costs, chosen)
-        score = np.concatenate([self.scores[key] for key in units.keys])
+        score = np.concatenate(
+            [np.sort(self.scores[key])[:: s.lanes(k)] for (s, k), key in zip(units.groups, units.keys, strict=True)]
+        )
         order = np.argsort(score, kind="stable")
         groups_in_order = units.group[order]
         sizes = np.bincount(units.group, minlength=len(units.keys))
@@ -115,8 +126,8 @@ class SolutionPath:
 
         def counts_after(leaving: int) -> NDArray[np.int64]:
             kept = sizes - np.bincount(groups_in_order[:leaving], minlength=len(units.keys))
-            kept = np.maximum(kept, 1)
-            step = np.where(units.alignable, align, 1)
+            kept = np.maximum(kept, units.least)
+            step = units.steps(align)
             return np.minimum(sizes, -(-kept // step) * step)
 
         def costs_after(leaving: int) -> Costs:
@@ -133,8 +144,7 @@ class SolutionPath:
             raise BudgetError(
                 f"no plan of this path reaches {budget} {value:g}",
                 expected=f"{budget} {value:g}",
-                got=f"best reachable: {figure} (kinds {', '.join(k.value for k in chosen)}, align {align}, "
-                "at least one unit per site)",
+                got=f"best reachable: {figure} (kinds {', '.join(k.value for k in chosen)}, align {align})",
                 remedy="Ask for less, allow more unit kinds, or lower the alignment.",
             )
         low, high = 0, len(order)
@@ -143,32 +153,44 @@ class SolutionPath:
             low, high = (low, middle) if met(costs_after(middle)) else (middle + 1, high)
         return self._cut(
             counts_after(low),
-            score,
             units,
             Target(budget=budget, value=value, kinds=tuple(k.value for k in chosen), align=align),
             costs_after(low),
         )
 
-    def _cut(
-        self, counts: NDArray[np.int64], score: NDArray[np.float64], units: _Units, asked: Target, achieved: Costs
-    ) -> PrunePlan:
-        kept: dict[tuple[str, UnitKind], Sequence[int]] = {
-            (s.name, k): range(s.counts[k]) for s, k in groups(self.sites)
-        }
+    def _cut(self, counts: NDArray[np.int64], units: _Units, asked: Target, achieved: Costs) -> PrunePlan:
+        """The plan that keeps the last `counts` slots of every group to leave."""
+        kept = {(s.name, k): np.arange(s.units(k)) for s, k in groups(self.sites)}
         for g, (site, kind) in enumerate(units.groups):
-            own = score[units.group == g]
-            stays = np.argsort(own, kind="stable")[len(own) - int(counts[g]) :]
-            kept[site.name, kind] = stays.tolist()
-        return plan_from_units(self.model, self.weights_sha256, self.sites, kept, asked=asked, achieved=achieved)
+            rank = _rank_in_lane(self.scores[units.keys[g]], site.lanes(kind))
+            kept[site.name, kind] = np.flatnonzero(rank >= site.counts[kind] - int(counts[g]))
+        for site in self.sites:
+            heads = kept.get((site.name, UnitKind.HEAD))
+            for kind in PER_HEAD:
+                if heads is not None and kind in site.counts:
+                    own = kept[site.name, kind]
+                    kept[site.name, kind] = own[np.isin(own // site.counts[kind], heads)]
+        return plan_from_units(
+            self.model,
+            self.weights_sha256,
+            self.sites,
+            {key: units.tolist() for key, units in kept.items()},
+            asked=asked,
+            achieved=achieved,
+        )
 
     def _costs(self, counts: NDArray[np.int64], units: _Units, kinds: Sequence[UnitKind], prunable: int) -> Costs:
         of: dict[str, dict[UnitKind, int]] = {s.name: dict(s.counts) for s in self.sites}
         for (site, kind), count in zip(units.groups, counts, strict=True):
             of[site.name][kind] = int(count)
+        for site in self.sites:
+            if not of[site.name][site.vanishing_kind]:
+                of[site.name] = dict.fromkeys(of[site.name], 0)
         params = self.costs.params_of(self.sites, of)
         by_kind: dict[str, int] = {}
         for site, kind in groups(self.sites):
-            by_kind[kind.value] = by_kind.get(kind.value, 0) + of[site.name][kind]
+            lanes = of[site.name][UnitKind.HEAD] if kind in PER_HEAD else 1
+            by_kind[kind.value] = by_kind.get(kind.value, 0) + lanes * of[site.name][kind]
         return Costs(
             sparsity=(self.costs.params - params) / prunable,
             params=params,
@@ -243,7 +265,7 @@ class SolutionPath:
             "method": self.method,
             "options": dict(self.options),
             "costs": self.costs.to_json(),
-            "sites": [_site_to_json(s) for s in self.sites],
+            "sites": [site_to_json(s) for s in self.sites],
         }
         meta["sha256"] = _digest(meta, self.scores)
         data = save(
@@ -270,7 +292,7 @@ class SolutionPath:
             loaded = SolutionPath(
                 meta["model"],
                 meta["weights_sha256"],
-                tuple(_site_from_json(s) for s in meta["sites"]),
+                tuple(site_from_json(s) for s in meta["sites"]),
                 CostModel.from_json(meta["costs"]),
                 scores,
                 meta["method"],
@@ -278,7 +300,7 @@ class SolutionPath:
             )
             for site, kind in groups(loaded.sites):
                 values = scores[unit_key(site.name, kind)]
-                if values.shape != (site.counts[kind],) or not np.isfinite(values).all():
+                if values.shape != (site.units(kind),) or not np.isfinite(values).all():
                     raise ValueError(f"scores of {site.name}/{kind.value} have shape {values.shape}")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
@@ -292,20 +314,31 @@ class SolutionPath:
 
 @dataclass(frozen=True)
 class _Units:
-    """All units flattened in model order: their group's number, kind's number and parameters."""
+    """All slots flattened in model order: their group's number, kind's number and parameters. A head and a neuron is a
+    slot of its own; a qk or vo slot is one unit of every head.
+
+    By group: `least` is how many slots a site that stays keeps, `features` how many features of a layer one slot is (0
+    where alignment does not apply).
+    """
 
     groups: list[tuple[Site, UnitKind]]
     keys: list[str]
     group: NDArray[np.int64]
     kind: NDArray[np.int64]
     params: NDArray[np.float64]
-    alignable: NDArray[np.bool_]
+    least: NDArray[np.int64]
+    features: NDArray[np.int64]
+
+    def steps(self, align: int) -> NDArray[np.int64]:
+        """Slots per group that make a multiple of `align` features."""
+        return np.where(self.features == 0, 1, np.maximum(1, -(-align // np.maximum(self.features, 1))))
 
     @staticmethod
     def of(sites: Sequence[Site], costs: CostModel, kinds: Sequence[UnitKind] | None) -> _Units:
         found = groups(sites, kinds)
         counts = [s.counts[k] for s, k in found]
         order = list(UnitKind)
+        width = {UnitKind.QK: lambda s: s.qk_width, UnitKind.VO: lambda s: s.vo_width}
         repeat: Callable[[list[Any]], NDArray[Any]] = lambda values: np.repeat(np.asarray(values), counts)  # noqa: E731
         return _Units(
             found,
@@ -313,8 +346,20 @@ class _Units:
             repeat(list(range(len(found)))),
             repeat([order.index(k) for _, k in found]),
             repeat([float(costs.unit_params(s, k)) for s, k in found]),
-            np.array([k is not UnitKind.HEAD for _, k in found]),
+            np.array([0 if k is s.vanishing_kind else 1 for s, k in found]),
+            np.array([0 if k is UnitKind.HEAD else width[k](s) // s.counts[k] if k in width else 1 for s, k in found]),
         )
+
+
+def _rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
+    """Rank of every unit among those of its head, 0 for the smallest; ties by index."""
+    rows = values.reshape(lanes, -1)
+    return np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable").reshape(-1)
+
+
+def _by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Importance of every slot: the sum over heads of their units of equal rank."""
+    return np.bincount(rank, weights=values)
 
 
 def _digest(meta: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> str:
@@ -324,29 +369,3 @@ def _digest(meta: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{key}|{values.dtype}|{values.shape}|".encode())
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
-
-
-def _site_to_json(site: Site) -> dict[str, Any]:
-    return {
-        "name": site.name,
-        "kind": site.kind.value,
-        "out": site.out,
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.head_dim,
-        "counts": {k.value: n for k, n in site.counts.items()},
-        "slices": {k.value: [[s.module, s.axis, s.block, s.parts] for s in v] for k, v in site.slices.items()},
-    }
-
-
-def _site_from_json(data: dict[str, Any]) -> Site:
-    return Site(
-        data["name"],
-        SiteKind(data["kind"]),
-        {UnitKind(k): n for k, n in data["counts"].items()},
-        {UnitKind(k): tuple(Slice(*s) for s in v) for k, v in data["slices"].items()},
-        data["out"],
-        data["heads"],
-        data["kv_heads"],
-        data["head_dim"],
-    )

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from deploy_prune.errors import ArtifactError, PlanError
 from deploy_prune.files import read_json, write_json
-from deploy_prune.units import Site, UnitKind, groups
+from deploy_prune.units import PER_HEAD, Site, UnitKind, groups
 
-VERSION = 1
+VERSION = 2  # 2: qk and vo units, and sites that vanish
 
 
 class Costs(BaseModel):
@@ -41,8 +41,10 @@ class Target(BaseModel):
 class PrunePlan(BaseModel):
     """Which units every site keeps; the one currency between searches and converters.
 
-    `keep` holds sorted indices: {"layers.0.attn": {"head": [0, 1, 2]}, "layers.0.mlp": {"neuron": [...]}}.
-    Heads are named by query head; under grouped queries whole groups stay or go. Every prunable site is listed.
+    `keep` holds rising indices: {"layers.0.attn": {"head": [0, 2], "qk": [...], "vo": [...]}, "layers.0.mlp": {...}}.
+    Heads are named by query head; under grouped queries whole groups stay or go. Unit s of key/value head h is
+    h · slots + s for qk and vo; only kept heads have some, and each equally many. Every prunable site is listed; one
+    whose lists are all empty vanishes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,8 +63,16 @@ class PrunePlan(BaseModel):
         return list(indices)
 
     def counts(self, sites: Sequence[Site]) -> dict[str, dict[UnitKind, int]]:
-        """How many units every site keeps, for cost models and adapters."""
-        return {s.name: {k: len(self.kept(s, k)) for k in s.counts} for s in sites}
+        """How many units every site keeps (qk and vo: in every kept head), for cost models."""
+        counts = {s.name: {k: len(self.kept(s, k)) for k in s.counts} for s in sites}
+        for own in counts.values():
+            heads = max(1, own.get(UnitKind.HEAD, 1))
+            own.update({k: own[k] // heads for k in PER_HEAD if k in own})
+        return counts
+
+    def vanishes(self, site: Site) -> bool:
+        """Whether nothing of the site stays."""
+        return not any(self.keep[site.name].values())
 
     def is_nested_in(self, larger: PrunePlan) -> bool:
         """Whether every unit kept here is kept in `larger` too."""
@@ -138,7 +148,7 @@ class PrunePlan(BaseModel):
 
 def dense_plan(model: str, weights_sha256: str, sites: Sequence[Site]) -> PrunePlan:
     """The plan that keeps everything."""
-    return plan_from_units(model, weights_sha256, sites, {(s.name, k): range(s.counts[k]) for s, k in groups(sites)})
+    return plan_from_units(model, weights_sha256, sites, {(s.name, k): range(s.units(k)) for s, k in groups(sites)})
 
 
 def plan_from_units(
@@ -177,13 +187,41 @@ def _problems(plan: PrunePlan, sites: Sequence[Site]) -> Iterator[str]:
                 yield f"{name}: says nothing of its {kind.value} units"
                 continue
             yield from _index_problems(site, kind, units, entry[kind])
+        if set(entry) == set(site.counts):
+            yield from _emptiness_problems(site, entry)
+            yield from _per_head_problems(site, entry)
+
+
+def _emptiness_problems(site: Site, entry: Mapping[UnitKind, list[int]]) -> Iterator[str]:
+    empty = [kind.value for kind in site.counts if not entry[kind]]
+    if empty and len(empty) < len(site.counts):
+        yield f"{site.name}: keeps no {' and no '.join(empty)} but others; a site that vanishes keeps nothing at all"
+
+
+def _per_head_problems(site: Site, entry: Mapping[UnitKind, list[int]]) -> Iterator[str]:
+    """Every kept head has equally many qk, and equally many vo; a removed one has none."""
+    heads = {head // site.query_heads_per_unit for head in entry.get(UnitKind.HEAD, ())}
+    for kind in PER_HEAD:
+        if kind not in site.counts:
+            continue
+        have = dict.fromkeys(sorted(heads), 0)
+        strangers = set()
+        for unit in entry[kind]:
+            head = unit // site.counts[kind]
+            if head in have:
+                have[head] += 1
+            else:
+                strangers.add(head)
+        if strangers:
+            yield f"{site.name}: keeps {kind.value} units of the removed heads {_some(sorted(strangers))}"
+        if len(set(have.values())) > 1:
+            yield f"{site.name}: keeps unequally many {kind.value} in its heads: {_some(list(have.values()))}"
 
 
 def _index_problems(site: Site, kind: UnitKind, units: int, indices: list[int]) -> Iterator[str]:
     per = site.query_heads_per_unit if kind is UnitKind.HEAD else 1
-    have, noun = units * per, "query heads" if per > 1 else f"{kind.value}s"
-    if not indices:
-        yield f"{site.name}: keeps no {noun}; at least one must stay"
+    have = units * per * site.lanes(kind)
+    noun = "query heads" if per > 1 else f"{kind.value} units" if kind in PER_HEAD else f"{kind.value}s"
     outside = [i for i in indices if not 0 <= i < have]
     if outside:
         yield f"{site.name}: keeps {noun} {_some(outside)}, the site has {have} (0-{have - 1})"

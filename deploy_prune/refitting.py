@@ -15,6 +15,7 @@ from deploy_prune.activations import watching
 from deploy_prune.adapters import find_sites
 from deploy_prune.errors import ArtifactError, DataError, RefitError
 from deploy_prune.files import atomic_file, existing
+from deploy_prune.layers import bias_of, layer_at, matrix, width
 from deploy_prune.plan import PrunePlan
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.units import Site
@@ -115,6 +116,9 @@ def refit_output(
     """
     S, P = kept, ~kept
     Σ = moments.covariance if centred else moments.second
+    if not S.any():  # nothing is left to make up with but the mean
+        W = weight.double().cpu()
+        return W[:, S], W @ moments.mean if centred else torch.zeros(len(W), dtype=torch.float64)
     Σ_SS, Σ_PS = Σ[S][:, S], Σ[P][:, S]
     λ = ridge * Σ_SS.diagonal().mean()
     factor, failed = torch.linalg.cholesky_ex(Σ_SS + λ * torch.eye(len(Σ_SS), dtype=Σ.dtype))
@@ -143,35 +147,32 @@ def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float =
     plan.validate_for(sites)
     result = copy.deepcopy(model)
     for site in sites:
-        layer = result.get_submodule(site.out)
-        assert isinstance(layer, nn.Linear)
-        kept = kept_features(site, plan, layer.in_features)
+        layer = layer_at(result, site.out)
+        features = width(layer, "in")
+        kept = kept_features(site, plan, features)
         if kept.all():
             continue
         own = moments.get(site.name)
-        if own is None or len(own.mean) != layer.in_features:
+        if own is None or len(own.mean) != features:
             raise ArtifactError(
                 "the moments are of another model",
                 where=site.name,
-                expected=f"{layer.in_features} features",
+                expected=f"{features} features",
                 got="none" if own is None else f"{len(own.mean)}",
                 remedy="Collect them again.",
             )
-        weight, shift = refit_output(own, layer.weight, kept, ridge, centred=layer.bias is not None)
-        layer.weight[:, kept.to(layer.weight.device)] = weight.to(layer.weight)
-        if layer.bias is not None:
-            layer.bias.add_(shift.to(layer.bias))
+        W, bias = matrix(layer), bias_of(layer)
+        weight, shift = refit_output(own, W, kept, ridge, centred=bias is not None)
+        W[:, kept.to(W.device)] = weight.to(W)
+        if bias is not None:
+            bias.add_(shift.to(bias))
     return result
 
 
 def kept_features(site: Site, plan: PrunePlan, width: int) -> Tensor:
     """Which input features of the site's output projection stay: boolean (width,)."""
-    kept = torch.ones(width, dtype=torch.bool)
-    for kind, count in site.counts.items():
-        own = torch.zeros(width, dtype=torch.bool)
-        own[site.reading_slice(kind).features(plan.kept(site, kind), count)] = True
-        kept &= own
-    return kept
+    kept = {kind: plan.kept(site, kind) for kind in site.counts}
+    return torch.from_numpy(site.kept_features(site.out, "in", width, kept))
 
 
 def save_moments(moments: Moments, path: Path | str) -> None:

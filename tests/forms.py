@@ -59,7 +59,8 @@ def random_path(model: nn.Module, signature: Signature, seed: int = 0, **more: A
     generator = np.random.default_rng(seed)
     costs = CostModel.measure(model, sites, signature, inputs)
     importance = {
-        unit_key(s.name, k): generator.random(s.counts[k]) * costs.unit_params(s, k) for s, k in groups(sites)
+        unit_key(s.name, k): generator.random(s.units(k)) * costs.unit_params(s, k) / s.lanes(k)
+        for s, k in groups(sites)
     }
     return SolutionPath.from_importance(
         importance,

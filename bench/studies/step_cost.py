@@ -94,7 +94,7 @@ def _plain_step(context: Context, first: Site, batch: Batch, objective: str, ref
     """Forward and backward through the whole frozen model: the gradient goes down to the first site's input."""
     import torch
 
-    layer = context.model.get_submodule(first.slices[next(iter(first.counts))][0].module)
+    layer = context.model.get_submodule(first.axes()[0][0])
     inputs: list[Tensor] = []
 
     def want_gradient(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

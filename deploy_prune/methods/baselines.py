@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deploy_prune.gates import gated, open_gates
+from deploy_prune.layers import layer_at, matrix
 from deploy_prune.methods.base import Context, Importance, NoOptions
 from deploy_prune.methods.statistics import gate_statistics
 from deploy_prune.units import groups, unit_key
@@ -15,8 +16,9 @@ def random(context: Context, _: NoOptions) -> Importance:
     """Uniform noise per parameter, so that under the global allocation every order of leaving is equally likely."""
     generator = torch.Generator().manual_seed(context.seed)
     return {
-        unit_key(s.name, k): torch.rand(s.counts[k], generator=generator, dtype=torch.float64)
+        unit_key(s.name, k): torch.rand(s.units(k), generator=generator, dtype=torch.float64)
         * context.costs.unit_params(s, k)
+        / s.lanes(k)
         for s, k in groups(context.sites)
     }
 
@@ -26,11 +28,11 @@ def magnitude(context: Context, _: NoOptions) -> Importance:
     """Σ w² over the unit's coupled rows and columns (biases left out); needs no data."""
     importance: dict[str, Tensor] = {}
     for site, kind in groups(context.sites):
-        total = torch.zeros(site.counts[kind], dtype=torch.float64)
+        total = torch.zeros(site.units(kind), dtype=torch.float64)
         for s in site.slices[kind]:
-            weight = context.model.get_parameter(f"{s.module}.weight").double()
+            weight = matrix(layer_at(context.model, s.layer)).double()
             squared = weight.square().sum(1 if s.axis == "out" else 0).cpu()
-            total += squared.view(s.parts, site.counts[kind], s.block).sum((0, 2))
+            total += squared[torch.from_numpy(s.table(site.lanes(kind), site.counts[kind]))].sum(1)
         importance[unit_key(site.name, kind)] = total
     return importance
 

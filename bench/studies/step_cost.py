@@ -9,7 +9,7 @@ the same batches; the figure is the ratio of medians with a bootstrap interval.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,20 +58,21 @@ def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
     model, task = _build(name)
     model.requires_grad_(False)
     sites = find_sites(model)
-    costs = CostModel.measure(model, sites, task.signature, next(task.calibration(1, 1)).inputs)
+    costs = CostModel.measure(model, sites, task.signature, next(task.calibration_batches([[0]])).inputs)
     context = Context(model, sites, costs, task, task.calibration_size, task.batch, precision, 0)  # type: ignore[arg-type]
     search = SppSearch(context, SppOptions(steps=10 * steps))
     times: dict[str, list[float]] = {"plain": [], "spp": []}
     generator = np.random.default_rng(0)
     for round_ in range(steps + 3):
         batch = search.batches[round_ % len(search.batches)]
-        reference = search.references[round_ % len(search.batches)] if search.references else None
+        whole = next(context.task.calibration_batches([batch]))
+        reference = context.dense_output(whole) if search.objective == "distill" else None
         for kind in generator.permutation(["plain", "spp"]):
             start = time.perf_counter()
             if kind == "spp":
-                search.step(batch, reference)
+                search.step(batch)
             else:
-                _plain_step(context, sites[0], batch, search.objective, reference)
+                _plain_step(context, sites[0], whole, search.objective, reference)
             if round_ >= 3:  # the first rounds fill caches
                 times[str(kind)].append(1e3 * (time.perf_counter() - start))
     ratio = ratio_of_medians(np.array(times["spp"])[:, None], np.array(times["plain"])[:, None], seed=0)
@@ -121,15 +122,21 @@ class RandomTask:
         self.name, self.signature, self.batch, self.sequence, self.classes = name, signature, batch, sequence, classes
         self.calibration_size = 4 * batch
 
-    def calibration(self, batch_size: int, limit: int | None = None, seed: int = 0) -> Iterator[Batch]:
+    def calibration_items(self, limit: int | None = None) -> list[int]:
+        return list(range(limit or self.calibration_size))
+
+    def calibration_order(self, items: Sequence[int], batch_size: int, seed: int = 0) -> list[list[int]]:
+        return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+
+    def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
         import torch
 
         from deploy_prune.tasks.base import Batch
 
-        for start in range(0, limit or self.calibration_size, batch_size):
-            inputs = self.signature.random_inputs({"batch": batch_size, "sequence": self.sequence}, seed=seed + start)
-            shape = (batch_size, self.sequence) if self.name == "causal-lm" else (batch_size,)
-            yield Batch(inputs, torch.randint(0, self.classes, shape))
+        for items in order:
+            inputs = self.signature.random_inputs({"batch": len(items), "sequence": self.sequence}, seed=items[0])
+            shape = (len(items), self.sequence) if self.name == "causal-lm" else (len(items),)
+            yield Batch(inputs, torch.randint(0, self.classes, shape), tuple(items))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         from torch.nn.functional import cross_entropy

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune import distributed
 from deploy_prune.adapters import find_sites
 from deploy_prune.architecture import Architecture, weights_sha256
+from deploy_prune.blocks import activation_checkpointing, sharded
 from deploy_prune.budget import CostModel
 from deploy_prune.errors import UsageError, did_you_mean
 from deploy_prune.methods.base import Context, Method, Precision
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
+from deploy_prune.methods.compute import Compute
 from deploy_prune.methods.spp import SppOptions, spp
 from deploy_prune.path import Allocation, SolutionPath
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deploy_prune.tasks.base import Task
+    from deploy_prune.units import Site
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -66,20 +74,27 @@ def search(
     seed: int = 0,
     model_name: str | None = None,
     progress: Progress | None = None,
+    compute: Compute | None = None,
+    saved: SavedState | None = None,
     **options: Any,
 ) -> SolutionPath:
     """Judge every unit of `model` on the task's calibration data and return the path on which they leave.
 
     The weights are frozen and unchanged afterwards. `examples` bounds the calibration subset (default: all).
     `allocation` says how units of different sites are ordered (see path.py). Same seed, data and versions: same path.
+    `compute` says in which pieces the work is done, `saved` where an interrupted search goes on. In a run of several
+    processes every one calls this, and all get the same path.
     Raises UsageError (unknown method or option), UnsupportedModelError, DataError.
     """
     import torch
+
+    compute = compute or Compute()
 
     entry = get_method(method)
     parsed = check_options(entry, options)
     sites = find_sites(model)
     hash_before = weights_sha256(model)
+    distributed.require_same("the model's weights", hash_before, "A function that builds the model must be seeded.")
     example = next(iter(task.calibration(1, limit=1, seed=seed)), None)
     if example is None:
         raise UsageError("no calibration data", where=task.name, remedy="Give the task calibration data.")
@@ -89,25 +104,33 @@ def search(
     model.eval().requires_grad_(False)
     try:
         costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
-        context = Context(
-            model,
-            sites,
-            costs,
-            task,
-            examples or task.calibration_size,
-            batch_size,
-            precision,
-            seed,
-            progress or SILENT,
-        )
         torch.manual_seed(seed)
-        importance = entry.run(context, parsed)
+        with placed(model, sites, compute) as ready:
+            context = Context(
+                ready,
+                sites,
+                costs,
+                task,
+                examples or task.calibration_size,
+                batch_size,
+                precision,
+                seed,
+                progress or SILENT,
+                compute,
+                saved or SavedState(),
+            )
+            importance = {key: value.detach().cpu().double() for key, value in entry.run(context, parsed).items()}
+        distributed.require_same(
+            f"what {method} found",
+            {key: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:8] for key, value in importance.items()},
+            "A method must reduce its sums over the processes (Context.accumulate does); run it in one process.",
+        )
     finally:
         model.train(training)
         for parameter, flag in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
     return SolutionPath.from_importance(
-        {key: value.detach().cpu().double().numpy() for key, value in importance.items()},
+        {key: value.numpy() for key, value in importance.items()},
         allocation=allocation or entry.allocation,
         model=model_name or _name(model),
         weights_sha256=hash_before,
@@ -122,6 +145,18 @@ def search(
             **parsed.model_dump(),
         },
     )
+
+
+@contextmanager
+def placed(model: nn.Module, sites: Sequence[Site], compute: Compute) -> Iterator[nn.Module]:
+    """`model` as the search runs it: with sharded weights or activation checkpointing if `compute` asks for them."""
+    with ExitStack() as stack:
+        if compute.shard:
+            device = distributed.device() or next(model.parameters()).device
+            model = stack.enter_context(sharded(model, sites, device))
+        if compute.activation_checkpointing:
+            stack.enter_context(activation_checkpointing(model, sites))
+        yield model
 
 
 def _name(model: nn.Module) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deploy_prune.gates import gated, open_gates
+from deploy_prune.blocks import whole
+from deploy_prune.gates import open_gates
 from deploy_prune.layers import layer_at, matrix
 from deploy_prune.methods.base import Context, Importance, NoOptions
 from deploy_prune.methods.statistics import gate_statistics
+from deploy_prune.tasks.base import Batch
 from deploy_prune.units import groups, unit_key
 
 
@@ -30,7 +32,7 @@ def magnitude(context: Context, _: NoOptions) -> Importance:
     for site, kind in groups(context.sites):
         total = torch.zeros(site.units(kind), dtype=torch.float64)
         for s in site.slices[kind]:
-            weight = matrix(layer_at(context.model, s.layer)).double()
+            weight = whole(matrix(layer_at(context.model, s.layer))).double()
             squared = weight.square().sum(1 if s.axis == "out" else 0).cpu()
             total += squared[torch.from_numpy(s.table(site.lanes(kind), site.counts[kind]))].sum(1)
         importance[unit_key(site.name, kind)] = total
@@ -40,14 +42,14 @@ def magnitude(context: Context, _: NoOptions) -> Importance:
 def taylor(context: Context, _: NoOptions) -> Importance:
     """|Σ ∂ℓ/∂m| over the calibration set: the first-order change of the loss when the unit leaves."""
     gates = open_gates(context.sites, device=context.device)
-    total = {key: torch.zeros_like(gate, dtype=torch.float64) for key, gate in gates.items()}
     for gate in gates.values():
         gate.requires_grad_(True)
-    for batch in context.batches("taylor"):
-        with gated(context.model, context.sites, gates):
-            loss = context.task.loss(context.output(batch), batch).sum()
-        for key, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-            total[key] += gradient
+
+    def slope(batch: Batch) -> dict[str, Tensor]:
+        found, _ = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))
+        return {key: gradient.double() for key, gradient in found.items()}
+
+    total = context.accumulate("taylor", slope)[0]
     return {key: gradient.abs() for key, gradient in total.items()}
 
 

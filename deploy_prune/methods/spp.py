@@ -7,7 +7,7 @@ first. The time of entry is the path: one search, every sparsity.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,14 +17,16 @@ from torch import Tensor
 
 from deploy_prune.activations import watching
 from deploy_prune.errors import DataError
-from deploy_prune.gates import gated, open_gates
+from deploy_prune.gates import open_gates
 from deploy_prune.methods.base import Context, Importance, Options
 from deploy_prune.methods.statistics import gate_statistics
+from deploy_prune.saved_state import State
 from deploy_prune.tasks.base import Batch
 from deploy_prune.units import groups, unit_key
 
 Objective = Literal["distill", "task"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults, for the adaptive step
+_LOSS = "loss"  # beside the unit keys, in sums over rows
 FLOOR = 1e-5  # of 1/ν; losses are in nats per example, where useful couplings lie between 1e-4 and 1e-2
 
 
@@ -104,8 +106,14 @@ class SplitLBI:
 
     def state_bytes(self) -> int:
         """Memory held between steps: a few numbers per unit, nothing per weight."""
-        parts = (self.M, self.V, self.Γ, self.first, self.second, self.entry)
-        return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state but the number of `steps`: "M|blocks.0.mlp/neuron" and so on."""
+        parts = {
+            "M": self.M, "V": self.V, "gamma": self.Γ, "first": self.first, "second": self.second, "entry": self.entry
+        }  # fmt: skip
+        return {f"{name}|{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
 
     def _adapted(self, key: str, direction: Tensor) -> Tensor:
         first, second = self.first[key], self.second[key]
@@ -121,9 +129,9 @@ class SppSearch:
     together, but averages over examples in which a unit matters and others where it harms; F, the diagonal Fisher
     information of the gates, does not. c = `curvature`; what each part is worth is in bench/notes.md.
 
-    Setting up costs one forward pass over the calibration subset, for the mean activations, the objective of the
-    dense model and, to distil, its outputs, and a backward pass over some of it for F. The batches stay in memory; no
-    state is held for any weight.
+    Setting up costs one forward pass over the calibration subset, for the mean activations and the objective of the
+    dense model, and a backward pass over some of it for F. Batches and dense outputs stay in memory as far as they fit
+    (`Compute.memory_gb`); no state is held for any weight.
 
     ν changes on the way and α with it: V's step α/ν is constant, 1 / (entry_share · steps).
     """
@@ -131,8 +139,7 @@ class SppSearch:
     def __init__(self, context: Context, options: SppOptions) -> None:
         self.context, self.options = context, options
         self.objective: Objective = options.objective or ("task" if context.task.name == "causal-lm" else "distill")
-        self.batches: list[Batch] = []
-        self.references: list[Tensor] = []
+        self.batches = context.order()
         means, self.dense_loss = self._look()
         self.fisher = self._fisher() if options.curvature else None
         self.means = means if options.deviation else None
@@ -150,12 +157,12 @@ class SppSearch:
         self.inverse_nu = 0.0 if options.nu is None else 1 / options.nu
         self.price = 0.0
 
-    def step(self, batch: Batch, reference: Tensor | None) -> float:
-        """One forward and backward pass and one step of the inclusion; returns the objective's rise over dense."""
-        with gated(self.context.model, self.context.sites, self.lbi.M, self.means):
-            loss = self._losses(self.context.output(batch), reference, batch).mean()
-        gradients = dict(zip(self.lbi.M, torch.autograd.grad(loss, list(self.lbi.M.values())), strict=True))
-        rise = float(loss.detach()) - self.dense_loss
+    def step(self, batch: Sequence[int]) -> float:
+        """One forward and backward pass over a batch of examples, of which every process takes its share, and one step
+        of the inclusion; returns the objective's rise over dense."""
+        sums, rows = self.context.total(batch, self._gradients, keep=True)
+        rise = float(sums.pop(_LOSS)) / rows - self.dense_loss
+        gradients = {key: sums[key] / rows for key in self.lbi.M}
         if self.options.nu is None:
             self._steer(gradients)
         if self.fisher is not None:
@@ -166,16 +173,16 @@ class SppSearch:
 
     def run(self) -> Importance:
         """Steps until every unit has entered, or all of them, then the importance of every unit."""
-        generator = torch.Generator().manual_seed(self.context.seed)
-        order: list[int] = []
-        progress = self.context.progress
+        progress, saved = self.context.progress, self.context.saved
+        if (state := saved.load("spp: search")) is not None:
+            self._restore(state)
         progress.start(self.options.steps, "spp: search")
         try:
-            for _ in range(self.options.steps):
-                order = order or torch.randperm(len(self.batches), generator=generator).tolist()
-                index = order.pop()
-                reference = self.references[index] if self.references else None
-                rise = self.step(self.batches[index], reference)
+            progress.advance(self.lbi.steps)
+            for index in self._order()[self.lbi.steps :]:
+                rise = self.step(self.batches[index])
+                if saved.due():
+                    saved.save("spp: search", self.lbi.tensors(), {"steps": self.lbi.steps, "price": self.price})
                 entered = self.entered()
                 progress.advance(note=f"rise {rise:.3f}, {entered:.0%} entered")
                 if entered == 1:  # every time of entry is known: further steps say nothing
@@ -183,6 +190,28 @@ class SppSearch:
         finally:
             progress.finish()
         return self.importance()
+
+    def _order(self) -> list[int]:
+        """Which batch every step takes: all of them in a new order, again and again."""
+        generator = torch.Generator().manual_seed(self.context.seed)
+        order: list[int] = []
+        while len(order) < self.options.steps:
+            order += reversed(torch.randperm(len(self.batches), generator=generator).tolist())
+        return order[: self.options.steps]
+
+    def _restore(self, state: State) -> None:
+        for key, tensor in self.lbi.tensors().items():
+            with torch.no_grad():
+                tensor.copy_(state.tensors[key])
+        self.lbi.steps, self.price = state.facts["steps"], state.facts["price"]
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the rows: ∂ objective/∂M by unit key, and the objective."""
+        reference = self.context.dense_output(batch) if self.objective == "distill" else None
+        gradients, losses = self.context.gradients(
+            self.lbi.M, batch, lambda output: self._losses(output, reference, batch), self.means
+        )
+        return {**gradients, _LOSS: losses.sum(dtype=torch.float64)}
 
     def importance(self) -> Importance:
         """A unit's parameters over its time of entry, so that ordering by importance per parameter is by entry."""
@@ -208,7 +237,8 @@ class SppSearch:
 
     def _fisher(self) -> dict[str, Tensor]:
         """F, the mean over examples of (∂ℓ/∂m)², by unit key. Raises DataError for unlabeled calibration data."""
-        if self.batches[0].target is None:
+        example = next(self.context.task.calibration_batches([self.batches[0][:1]]))
+        if example.target is None:
             raise DataError(
                 "spp's curvature needs labeled calibration data",
                 where=self.context.task.name,
@@ -219,26 +249,27 @@ class SppSearch:
 
     @torch.no_grad()
     def _look(self) -> tuple[dict[str, Tensor], float]:
-        """Keep the batches; the mean input of every output projection; the dense model's mean objective."""
-        sums: dict[str, Tensor] = {}
-        tokens: dict[str, int] = {}
-        losses: list[Tensor] = []
+        """The mean input of every output projection; the dense model's mean objective."""
 
-        def see(site: str, x: Tensor) -> None:
-            tokens[site] = tokens.get(site, 0) + len(x)
-            sums[site] = sums.get(site, torch.zeros((), device=x.device)) + x.double().sum(0)
+        def look(batch: Batch) -> dict[str, Tensor]:
+            sums: dict[str, Tensor] = {}
 
-        with watching(self.context.model, self.context.sites, see) as watch:
-            for batch in self.context.batches("spp: dense outputs"):
+            def see(site: str, x: Tensor) -> None:
+                sums[f"{site}|sum"] = x.double().sum(0)
+                sums[f"{site}|tokens"] = torch.tensor(float(len(x)), dtype=torch.float64)
+
+            with watching(self.context.model, self.context.sites, see) as watch:
                 watch.attend(self.context.task.signature, batch.inputs)
-                output = self.context.output(batch)
-                self.batches.append(batch)
                 if self.objective == "distill":
-                    self.references.append(output)
+                    self.context.dense_output(batch, fresh=True)
                 else:
-                    losses.append(self.context.task.loss(output, batch))
-        means = {site: (total / tokens[site]).float() for site, total in sums.items()}
-        return means, float(torch.cat(losses).mean()) if losses else 0.0
+                    sums[_LOSS] = self.context.task.loss(self.context.output(batch), batch).sum(dtype=torch.float64)
+            return sums
+
+        sums, rows = self.context.accumulate("spp: dense outputs", look)
+        loss = float(sums.pop(_LOSS)) / rows if _LOSS in sums else 0.0
+        means = {s.name: (sums[f"{s.name}|sum"] / sums[f"{s.name}|tokens"]).float() for s in self.context.sites}
+        return means, loss
 
     def _losses(self, output: Tensor, reference: Tensor | None, batch: Batch) -> Tensor:
         if reference is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from deploy_prune.gates import gated, open_gates
+from deploy_prune.gates import open_gates
 from deploy_prune.methods.base import Context
+from deploy_prune.tasks.base import Batch
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,12 @@ def gate_statistics(context: Context, label: str, examples: int | None = None) -
     The sum of squared per-example gradients is the diagonal of the empirical Fisher information of the gates. Raises
     DataError for unlabeled data.
     """
-    squares: dict[str, Tensor] = {}
-    seen = 0
-    for batch in context.batches(label, examples):
+
+    def squares(batch: Batch) -> dict[str, Tensor]:
         gates = open_gates(context.sites, batch=len(batch), device=context.device)
         for gate in gates.values():
             gate.requires_grad_(True)
-        with gated(context.model, context.sites, gates):
-            loss = context.task.loss(context.output(batch), batch).sum()
-        gradients = torch.autograd.grad(loss, list(gates.values()))
-        for key, gradient in zip(gates, gradients, strict=True):
-            squared = gradient.double().square().sum(0)
-            squares[key] = squares[key] + squared if key in squares else squared
-        seen += len(batch)
-    return GateStatistics(squares, seen)
+        found, _ = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))
+        return {key: gradient.double().square().sum(0) for key, gradient in found.items()}
+
+    return GateStatistics(*context.accumulate(label, squares, examples))

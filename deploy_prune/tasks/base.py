@@ -30,17 +30,21 @@ AGREEMENT = "agreement"
 
 @dataclass(frozen=True)
 class Batch:
-    """Named input tensors, first dimension = row, and what the task's loss compares the output to (or None)."""
+    """Named input tensors, first dimension = row, and what the task's loss compares the output to (or None).
+
+    `items` names the calibration items these are, where the reader of the batch asked for that.
+    """
 
     inputs: dict[str, Tensor]
     target: Tensor | None = None
+    items: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def to(self, device: torch.device | str) -> Batch:
         target = None if self.target is None else self.target.to(device)
-        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, target)
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, target, self.items)
 
 
 class Task(ABC):

@@ -164,7 +164,7 @@ def _check_shape(model: nn.Module, plan: PrunePlan) -> None:
         if name not in found and any(entry.values()):
             problems.append(f"{name}: not in the model, the plan keeps some of it")
     for name, site in found.items():
-        for kind, count in site.counts.items():
+        for kind in site.counts:
             if name not in plan.keep or kind not in plan.keep[name]:
                 problems.append(f"{name}: the plan says nothing of its {kind.value} units")
                 continue

@@ -111,11 +111,12 @@ class CostModel:
 
     def prunable(self, sites: Sequence[Site], kinds: Sequence[UnitKind] | None = None) -> int:
         """Parameters that lie in units of the given kinds: what a sparsity of 1 would remove. Those that belong to
-        units of two kinds (a head and its dimensions) count once."""
+        units of two kinds (a head and its dimensions) count once; what leaves with a whole site counts too."""
         total = 0
         for site in sites:
             counts = {k: 0 if kinds is None or k in kinds else n for k, n in site.counts.items()}
             total += self._units_params(site, site.counts) - self._units_params(site, counts)
+            total += 0 if counts[site.vanishing_kind] else self.alone[site.name]
         return total
 
     def params_of(self, sites: Sequence[Site], counts: Counts) -> int:

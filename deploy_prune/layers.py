@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ def cut(model: nn.Module, name: str, axis: Axis, stays: NDArray) -> None:
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     else:
-        layer.nx, layer.nf = layer.weight.shape  # Conv1D's own words for in and out
+        conv1d: Any = layer
+        conv1d.nx, conv1d.nf = layer.weight.shape  # its own words for in and out
 
 
 def _shorter(parameter: Tensor | nn.Module, dim: int, stays: NDArray) -> nn.Parameter:

@@ -359,7 +359,7 @@ def _rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
 
 def _by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
     """Importance of every slot: the sum over heads of their units of equal rank."""
-    return np.bincount(rank, weights=values)
+    return np.asarray(np.bincount(rank, weights=values), dtype=np.float64)
 
 
 def _digest(meta: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> str:

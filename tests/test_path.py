@@ -8,6 +8,8 @@ from forms import FAMILIES, random_path, signature_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from converters.surgery import compact
+from deploy_prune.adapters import find_sites
 from deploy_prune.errors import ArtifactError, BudgetError, UsageError
 from deploy_prune.path import ALLOCATIONS, SolutionPath
 from deploy_prune.units import UnitKind
@@ -52,6 +54,14 @@ def test_alignment_keeps_every_neuron_count_at_a_multiple(path):
     assert widths and all(width % 8 == 0 for width in widths)
 
 
+def test_alignment_counts_the_features_of_a_head_not_its_rotary_pairs(tiny_llama):
+    path = random_path(tiny_llama, signature_of("tiny_llama"))
+    small = compact(tiny_llama, path.plan(0.5, align=4))
+    for site in find_sites(small):
+        if site.heads:
+            assert site.qk_width % 4 == 0 and site.vo_width % 4 == 0
+
+
 def test_only_the_asked_kinds_are_cut_and_the_sparsity_is_of_those(path):
     plan = path.plan(0.5, kinds=("neuron",))
     for site in path.sites:
@@ -62,13 +72,22 @@ def test_only_the_asked_kinds_are_cut_and_the_sparsity_is_of_those(path):
     assert plan.achieved.units["neuron"] == total // 2
 
 
-def test_no_site_is_ever_emptied(path):
-    with pytest.raises(BudgetError) as caught:
-        path.plan(0.999)
-    assert "best reachable" in str(caught.value)
-    reachable = float(str(caught.value).split("best reachable: ")[1].split()[0])
-    counts = path.plan(reachable - 1e-3).counts(path.sites)
-    assert all(n >= 1 for site in counts.values() for n in site.values())
+@RELAXED
+@given(sparsity=st.floats(0.3, 0.99))
+def test_a_site_vanishes_as_a_whole_or_keeps_some_of_every_kind(path, sparsity):
+    plan = path.plan(sparsity)
+    for site in path.sites:
+        assert plan.vanishes(site) or all(plan.kept(site, kind) for kind in site.counts)
+    plan.validate_for(path.sites)
+
+
+def test_every_site_may_vanish(path):
+    assert all(path.plan(0.9999).vanishes(site) for site in path.sites)
+
+
+def test_a_target_out_of_reach_names_the_best(path):
+    with pytest.raises(BudgetError, match="best reachable"):
+        path.plan(0.99, kinds=["qk"])  # every head that stays keeps one
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -99,7 +118,18 @@ def test_an_impossible_request_says_what_is_possible(path, arguments, message):
 def test_scores_are_shares_of_the_way(path):
     scores = np.concatenate(list(path.scores.values()))
     assert scores.min() > 0 and scores.max() == pytest.approx(1)
-    assert len(np.unique(scores)) == len(scores)
+    slots = sum(site.counts[kind] for site in path.sites for kind in site.counts)
+    assert len(np.unique(scores)) == slots, "the units of a qk or vo slot leave together, everything else alone"
+
+
+def test_every_head_gives_up_its_least_important_dimensions(tiny_vit):
+    """Two heads; slot 0 takes the weakest dimension of each, wherever it lies."""
+    sites = find_sites(tiny_vit)
+    path = random_path(tiny_vit, signature_of("tiny_vit"))
+    key = f"{sites[0].name}/vo"
+    lanes = path.scores[key].reshape(sites[0].kv_heads, -1)
+    assert len({tuple(np.argsort(lane)) for lane in lanes}) > 1, "heads order their own dimensions"
+    assert all(np.array_equal(np.sort(lane), np.sort(lanes[0])) for lane in lanes)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -113,7 +143,7 @@ def test_an_allocation_gives_every_pool_the_same_share(tiny_bert, allocation):
         for kind in UnitKind.HEAD, UnitKind.NEURON:
             kept = sum(counts[s.name][kind] for s in path.sites if kind in s.counts)
             total = sum(s.counts[kind] for s in path.sites if kind in s.counts)
-            assert abs(kept / total - 0.5) <= 0.13
+            assert abs(kept / total - 0.5) <= 0.2
 
 
 def test_an_unknown_allocation_is_named(tiny_bert):

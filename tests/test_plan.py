@@ -22,10 +22,12 @@ def llama_plan(tiny_llama):
 def edited(plan, **sites):
     data = plan.to_json()
     for name, entry in sites.items():
-        data["keep"][name.replace("__", ".")] = entry
+        data["keep"][name.replace("__", ".")] = {**(WHOLE if "attn" in name and entry else {}), **entry}
     return PrunePlan.from_json(data)
 
 
+# two key/value heads with 4 rotary pairs and 8 value dimensions each
+WHOLE = {"head": [0, 1, 2, 3], "qk": list(range(8)), "vo": list(range(16))}
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
@@ -35,10 +37,15 @@ ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
         ("model.layers.9.mlp", {"neuron": [0]}, "no such site"),
         (ATTENTION, {"head": [0]}, "keeps query heads 0 but key/value group 0 owns heads 0-1"),
         (ATTENTION, {"head": [0, 1, 2]}, "group 1 owns heads 2-3; keep the whole group or none of it"),
-        (ATTENTION, {"head": []}, "keeps no query heads"),
+        (ATTENTION, {"head": []}, "keeps qk units of the removed heads 0,1"),
+        (ATTENTION, {"head": [], "qk": []}, "keeps no head and no qk but others; a site that vanishes keeps nothing"),
+        (ATTENTION, {"vo": []}, "keeps no vo but others"),
+        (ATTENTION, {"vo": [0, 1, 8]}, "keeps unequally many vo in its heads: 2,1"),
+        (ATTENTION, {"head": [0, 1]}, "keeps qk units of the removed heads 1"),
+        (ATTENTION, {"qk": [0, 4, 8]}, "keeps qk units 8, the site has 8 (0-7)"),
         (ATTENTION, {"head": [0, 1, 4, 5]}, "keeps query heads 4,5, the site has 4 (0-3)"),
         (ATTENTION, {"head": [1, 0]}, "rising order"),
-        (ATTENTION, {"head": [0, 1], "vo": [0, 1]}, "has no vo units (it has head)"),
+        (ATTENTION, {"neuron": [0, 1]}, "has no neuron units (it has head, qk, vo)"),
         (ATTENTION, {}, "says nothing of its head units"),
         (MLP, {"neuron": [0, 0, 1]}, "once each"),
         (MLP, {"neuron": [-1, 3]}, "keeps neurons -1, the site has 48"),
@@ -61,10 +68,10 @@ def test_a_fractional_head_is_not_a_plan(llama_plan):
 
 
 def test_all_problems_are_listed_at_once(tiny_llama, llama_plan):
-    bad = edited(llama_plan, **{ATTENTION: {"head": [0]}, MLP: {"neuron": [99]}, "elsewhere": {"head": [0]}})
+    bad = edited(llama_plan, **{ATTENTION: {"head": [0]}, MLP: {"neuron": [99]}, "elsewhere": {"neuron": [0]}})
     with pytest.raises(PlanError) as caught:
         bad.validate_for(find_sites(tiny_llama), "0" * 64)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 6, "the broken group also leaves the dimensions of another head"
     assert "Search again" in str(caught.value)
 
 
@@ -92,7 +99,7 @@ def test_a_plan_survives_a_round_trip_byte_for_byte(tmp_path, llama_plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_version": 2}, "unknown plan version"),
+        ({"_version": 1}, "unknown plan version"),
         ({"_type": "Recipe"}, "not a plan"),
         ({"surprise": 1}, "Extra inputs"),
         ({"weights_sha256": "abc"}, "weights_sha256"),

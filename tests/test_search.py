@@ -52,7 +52,7 @@ def test_a_search_is_repeatable_whole_and_leaves_the_model_alone(model, task, me
     assert weights_sha256(model) == before == path.weights_sha256
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not model.training
-    assert {unit_key(s.name, k): (s.counts[k],) for s, k in groups(path.sites)} == {
+    assert {unit_key(s.name, k): (s.units(k),) for s, k in groups(path.sites)} == {
         k: v.shape for k, v in path.scores.items()
     }
     again = find(model, task, method)

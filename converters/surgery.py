@@ -9,6 +9,7 @@ from torch import nn
 from deploy_prune.adapters import adapter_for
 from deploy_prune.adapters.base import Adapter
 from deploy_prune.architecture import weights_sha256
+from deploy_prune.basis import require_basis
 from deploy_prune.layers import bias_of, cut, layer_at, width
 from deploy_prune.plan import PrunePlan
 from deploy_prune.units import Site
@@ -24,6 +25,8 @@ def compact(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, check_w
     adapter = adapter_for(model)
     sites = adapter.sites(model)
     plan.validate_for(sites, weights_sha256(model) if check_weights else None)
+    if check_weights:
+        require_basis(None, plan.basis)
     result = model if inplace else copy.deepcopy(model)
     for site in sites:
         if plan.vanishes(site):

@@ -23,6 +23,14 @@ class Watch:
         mask = next((spec.name for spec in signature.inputs if spec.role == "mask"), None)
         self.valid = inputs[mask].bool() if mask else None
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """The valid tokens of x (batch, tokens, features), or of its flattened form: (n, features). Layers that see
+        another number of tokens (the image tower beside a text tower) have no padding."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.valid is None or self.valid.numel() != len(flat):
+            return flat
+        return flat[self.valid.reshape(-1)]
+
 
 @contextmanager
 def watching(model: nn.Module, sites: Sequence[Site], see: Callable[[str, Tensor], None]) -> Iterator[Watch]:
@@ -31,8 +39,7 @@ def watching(model: nn.Module, sites: Sequence[Site], see: Callable[[str, Tensor
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            see(name, x.reshape(-1, x.shape[-1]) if watch.valid is None else x[watch.valid])
+            see(name, watch.tokens(args[0].detach()))
 
         return hook
 

@@ -20,11 +20,14 @@ from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, site_from_json,
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from deploy_prune.basis import Basis
+
 VERSION = 2  # 2: qk and vo units, and sites that vanish
 # How importance becomes an order of leaving.
 #   global: by importance per parameter, over all sites and kinds (thresholded together at equal cost);
 #   separate: the same within each kind, every kind giving up the same share of its parameters (the paper's quantiles);
 #   uniform: the same within each site, every site giving up the same share.
+_BASIS = "basis:"  # before the unit key, in the names of a file's tensors
 Allocation = Literal["global", "separate", "uniform"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
@@ -36,7 +39,8 @@ class SolutionPath:
     A score is the share of prunable parameters gone once that unit has left, so a threshold is a sparsity; where units
     of two kinds share parameters (a head and its dimensions) they count for both, and it is a little more than that.
     qk and vo leave in slots, one unit of every head at once, each head's least important first: the units of a slot
-    have one score. `plan` finds the exact costs.
+    have one score. `plan` finds the exact costs. `basis` holds the directions that the qk and vo units are, None when
+    they are the model's own dimensions.
     """
 
     model: str
@@ -46,6 +50,7 @@ class SolutionPath:
     scores: Mapping[str, NDArray[np.float64]]
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    basis: Basis | None = None
 
     @staticmethod
     def from_importance(
@@ -58,6 +63,7 @@ class SolutionPath:
         costs: CostModel,
         method: str,
         options: Mapping[str, Any] | None = None,
+        basis: Basis | None = None,
     ) -> SolutionPath:
         """Order the units by `importance` (larger stays longer; (units,) per key) under an allocation.
 
@@ -90,9 +96,8 @@ class SolutionPath:
         score = np.empty(len(raw))
         score[order] = np.cumsum(units.params[order]) / units.params.sum()
         scores = {key: score[units.group == g][rank[key]] for g, key in enumerate(units.keys)}
-        return SolutionPath(
-            model, weights_sha256, tuple(sites), costs, scores, method, {"allocation": allocation, **(options or {})}
-        )
+        options = {"allocation": allocation, **(options or {})}
+        return SolutionPath(model, weights_sha256, tuple(sites), costs, scores, method, options, basis)
 
     def plan(
         self,
@@ -160,11 +165,13 @@ class SolutionPath:
 
     def _cut(self, counts: NDArray[np.int64], units: _Units, asked: Target, achieved: Costs) -> PrunePlan:
         """The plan that keeps the last `counts` slots of every group to leave."""
+        from deploy_prune.basis import basis_digest
+
         kept = {(s.name, k): np.arange(s.units(k)) for s, k in groups(self.sites)}
         for g, (site, kind) in enumerate(units.groups):
             rank = _rank_in_lane(self.scores[units.keys[g]], site.lanes(kind))
             kept[site.name, kind] = np.flatnonzero(rank >= site.counts[kind] - int(counts[g]))
-        for site in self.sites:
+        for site in self.sites:  # what is not of a kept head leaves with its head
             heads = kept.get((site.name, UnitKind.HEAD))
             for kind in PER_HEAD:
                 if heads is not None and kind in site.counts:
@@ -177,6 +184,7 @@ class SolutionPath:
             {key: units.tolist() for key, units in kept.items()},
             asked=asked,
             achieved=achieved,
+            basis=None if self.basis is None else basis_digest(self.basis),
         )
 
     def _costs(self, counts: NDArray[np.int64], units: _Units, kinds: Sequence[UnitKind], prunable: int) -> Costs:
@@ -253,11 +261,28 @@ class SolutionPath:
         """The same path under another model reference."""
         return replace(self, model=model)
 
+    def content_sha256(self) -> str:
+        """Hex SHA-256 of everything the path says."""
+        return _digest(self._meta(), self._tensors())
+
     def save(self, path: Path | str) -> None:
         """Write the path as safetensors, atomically; the same path is always the same bytes."""
         from safetensors.numpy import save
 
-        meta = {
+        meta, tensors = self._meta(), self._tensors()
+        meta["sha256"] = _digest(meta, tensors)
+        data = save(
+            {key: np.ascontiguousarray(v) for key, v in sorted(tensors.items())},
+            {"deploy_prune": json.dumps(meta, sort_keys=True)},
+        )
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        return {**self.scores, **{_BASIS + key: rows.numpy() for key, rows in (self.basis or {}).items()}}
+
+    def _meta(self) -> dict[str, Any]:
+        return {
             "_type": "SolutionPath",
             "_version": VERSION,
             "model": self.model,
@@ -267,13 +292,6 @@ class SolutionPath:
             "costs": self.costs.to_json(),
             "sites": [site_to_json(s) for s in self.sites],
         }
-        meta["sha256"] = _digest(meta, self.scores)
-        data = save(
-            {key: np.ascontiguousarray(v) for key, v in sorted(self.scores.items())},
-            {"deploy_prune": json.dumps(meta, sort_keys=True)},
-        )
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
 
     @staticmethod
     def load(path: Path | str) -> SolutionPath:
@@ -284,11 +302,12 @@ class SolutionPath:
         try:
             with safe_open(path, framework="np") as file:
                 meta = json.loads((file.metadata() or {})["deploy_prune"])
-                scores = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if meta["_type"] != "SolutionPath" or meta["_version"] != VERSION:
                 raise ValueError(f"type {meta['_type']!r}, version {meta['_version']!r}")
-            if meta.pop("sha256") != _digest(meta, scores):
+            if meta.pop("sha256") != _digest(meta, tensors):
                 raise ValueError("the content is not what its sha256 says")
+            scores = {key: values for key, values in tensors.items() if not key.startswith(_BASIS)}
             loaded = SolutionPath(
                 meta["model"],
                 meta["weights_sha256"],
@@ -297,6 +316,7 @@ class SolutionPath:
                 scores,
                 meta["method"],
                 meta["options"],
+                _basis_of(tensors),
             )
             for site, kind in groups(loaded.sites):
                 values = scores[unit_key(site.name, kind)]
@@ -360,6 +380,13 @@ def _rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
 def _by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
     """Importance of every slot: the sum over heads of their units of equal rank."""
     return np.asarray(np.bincount(rank, weights=values), dtype=np.float64)
+
+
+def _basis_of(tensors: Mapping[str, NDArray[Any]]) -> Basis | None:
+    import torch
+
+    rows = {key.removeprefix(_BASIS): torch.from_numpy(v) for key, v in tensors.items() if key.startswith(_BASIS)}
+    return rows or None
 
 
 def _digest(meta: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> str:

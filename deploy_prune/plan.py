@@ -44,13 +44,15 @@ class PrunePlan(BaseModel):
     `keep` holds rising indices: {"layers.0.attn": {"head": [0, 2], "qk": [...], "vo": [...]}, "layers.0.mlp": {...}}.
     Heads are named by query head; under grouped queries whole groups stay or go. Unit s of key/value head h is
     h · slots + s for qk and vo; only kept heads have some, and each equally many. Every prunable site is listed; one
-    whose lists are all empty vanishes.
+    whose lists are all empty vanishes. `basis` is the digest of the basis whose directions the qk and vo units are,
+    None when they are the model's own dimensions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    basis: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     keep: dict[str, dict[UnitKind, list[StrictInt]]]
     asked: Target | None = None
     achieved: Costs | None = None

@@ -37,14 +37,15 @@ class TaskPart(Part):
 
 
 class SearchPart(Part):
-    """How the order of leaving is found. `examples` null takes all calibration data; `allocation` null is the method's
-    own; `options` are those of the method."""
+    """How the order of leaving is found. `examples` null takes all calibration data; `allocation` and `basis`
+    null are the method's own; `options` are those of the method."""
 
     method: str = "spp"
     examples: Count | None = None
     batch_size: Count = 16
     precision: Literal["bf16", "fp32"] = "bf16"
     allocation: Literal["global", "separate", "uniform"] | None = None
+    basis: Literal["own", "principal"] | None = None
     options: dict[str, Any] = {}
 
 

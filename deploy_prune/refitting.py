@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deploy_prune.activations import watching
 from deploy_prune.adapters import find_sites
+from deploy_prune.basis import Basis, in_basis, reading_matrix, require_basis
 from deploy_prune.errors import ArtifactError, DataError, RefitError
 from deploy_prune.files import atomic_file, existing
 from deploy_prune.layers import bias_of, layer_at, matrix, width
@@ -40,6 +41,10 @@ class SiteMoments:
     @property
     def covariance(self) -> Tensor:
         return self.second - torch.outer(self.mean, self.mean)
+
+    def turned(self, E: Tensor) -> SiteMoments:
+        """Moments of E x."""
+        return SiteMoments(self.count, E @ self.mean, E @ self.second @ E.T)
 
 
 Moments = Mapping[str, SiteMoments]
@@ -137,15 +142,19 @@ def refit_output(
 
 
 @torch.no_grad()
-def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float = RIDGE) -> nn.Module:
+def refit(
+    model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float = RIDGE, basis: Basis | None = None
+) -> nn.Module:
     """A dense-shaped copy of `model` whose output projections make up for the units that `plan` removes.
 
-    Its masked form and `compact(copy, plan, check_weights=False)` are the plan's refitted model.
-    Raises PlanError, RefitError; ArtifactError when the moments are of another model.
+    Its masked form and `compact(copy, plan, check_weights=False)` are the plan's refitted model. `basis` is that of the
+    plan's path, `moments` those of `model` itself. Raises PlanError, RefitError; ArtifactError when the moments are of
+    another model.
     """
     sites = find_sites(model)
     plan.validate_for(sites)
-    result = copy.deepcopy(model)
+    require_basis(basis, plan.basis)
+    result = copy.deepcopy(model) if basis is None else in_basis(model, sites, basis)
     for site in sites:
         layer = layer_at(result, site.out)
         features = width(layer, "in")
@@ -161,6 +170,8 @@ def refit(model: nn.Module, plan: PrunePlan, moments: Moments, *, ridge: float =
                 got="none" if own is None else f"{len(own.mean)}",
                 remedy="Collect them again.",
             )
+        if (E := None if basis is None else reading_matrix(site, basis, features)) is not None:
+            own = own.turned(E)
         W, bias = matrix(layer), bias_of(layer)
         weight, shift = refit_output(own, W, kept, ridge, centred=bias is not None)
         W[:, kept.to(W.device)] = weight.to(W)

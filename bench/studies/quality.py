@@ -17,6 +17,7 @@ import click
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.setup import Setup
     from deploy_prune.plan import PrunePlan
     from deploy_prune.refitting import Moments
@@ -74,7 +75,7 @@ def main(
         for group in kinds:
             for sparsity in sparsities:
                 plan = path.plan(sparsity, kinds=group.split(","), align=setup.recipe.family.align)
-                row = judge(setup, cut(setup, plan, moments))
+                row = judge(setup, cut(setup, path, plan, moments))
                 assert plan.achieved is not None
                 row |= {"method": method, "kinds": group, "asked": sparsity, **plan.achieved.model_dump()}
                 rows.append(row)
@@ -96,15 +97,12 @@ def main(
                 )
 
 
-def cut(setup: Setup, plan: PrunePlan, moments: Moments | None) -> nn.Module:
-    """The compact model of a plan, refitted when there are moments."""
+def cut(setup: Setup, path: SolutionPath, plan: PrunePlan, moments: Moments | None) -> nn.Module:
+    """The compact model of a path's plan, refitted when there are moments."""
     from converters.surgery import compact
-    from deploy_prune.refitting import refit
+    from deploy_prune.pipeline.stages import planned_weights
 
-    if moments is None:
-        return compact(setup.model, plan, check_weights=False)
-    fitted = refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge)
-    return compact(fitted, plan, inplace=True, check_weights=False)
+    return compact(planned_weights(setup, plan, moments, path.basis), plan, check_weights=False)
 
 
 def judge(setup: Setup, model: nn.Module) -> dict[str, Any]:

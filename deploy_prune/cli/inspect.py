@@ -79,7 +79,11 @@ def describe_model(reference: str) -> dict[str, Any]:
                 "site": site.name,
                 "kind": site.kind.value,
                 **{f"{kind.value}s": count for kind, count in site.counts.items()},
-                **({"query heads": site.heads, "query-key width": site.qk_width, "value width": site.vo_width} if site.heads else {}),
+                **(
+                    {"query heads": site.heads, "query-key width": site.qk_width, "value width": site.vo_width}
+                    if site.heads
+                    else {}
+                ),
             }
             for site in sites
         ],

@@ -22,6 +22,9 @@ from deploy_prune.cli import console
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
 @click.option("--allocation", type=click.Choice(["global", "separate", "uniform"]), help="How sites share the cut.")
+@click.option(
+    "--basis", type=click.Choice(["own", "principal"]), help="What a head's dimensions are.  [default: the method's]"
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PATH.safetensors")

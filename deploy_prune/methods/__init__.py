@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune import distributed
 from deploy_prune.adapters import find_sites
 from deploy_prune.architecture import Architecture, weights_sha256
+from deploy_prune.basis import in_basis, principal_basis
 from deploy_prune.blocks import activation_checkpointing, sharded
 from deploy_prune.budget import CostModel
 from deploy_prune.errors import UsageError, did_you_mean
-from deploy_prune.methods.base import Context, Method, Precision
+from deploy_prune.methods.base import BasisName, Context, Method, Precision
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
 from deploy_prune.methods.compute import Compute
 from deploy_prune.methods.spp import SppOptions, spp
@@ -22,7 +23,7 @@ from deploy_prune.progress import SILENT, Progress
 from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from deploy_prune.tasks.base import Task
     from deploy_prune.units import Site
@@ -68,6 +69,7 @@ def search(
     method: str = "spp",
     *,
     allocation: Allocation | None = None,
+    basis: BasisName | None = None,
     examples: int | None = None,
     batch_size: int = 16,
     precision: Precision = "bf16",
@@ -81,7 +83,8 @@ def search(
     """Judge every unit of `model` on the task's calibration data and return the path on which they leave.
 
     The weights are frozen and unchanged afterwards. `examples` bounds the calibration subset (default: all).
-    `allocation` says how units of different sites are ordered (see path.py). Same seed, data and versions: same path.
+    `allocation` says how units of different sites are ordered (see path.py); `basis` whether the qk and vo units are
+    the model's own dimensions or principal ones (see basis.py). Same seed, data and versions: same path.
     `compute` says in which pieces the work is done, `saved` where an interrupted search goes on. In a run of several
     processes every one calls this, and all get the same path.
     Raises UsageError (unknown method or option), UnsupportedModelError, DataError.
@@ -93,17 +96,21 @@ def search(
     entry = get_method(method)
     parsed = check_options(entry, options)
     sites = find_sites(model)
-    hash_before = weights_sha256(model)
+    hash_before, name = weights_sha256(model), model_name or _name(model)
     distributed.require_same("the model's weights", hash_before, "A function that builds the model must be seeded.")
     example = next(iter(task.calibration(1, limit=1, seed=seed)), None)
     if example is None:
         raise UsageError("no calibration data", where=task.name, remedy="Give the task calibration data.")
     device = next(model.parameters()).device
-    training = model.training
+    original, training = model, model.training
     required = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:
         costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
+        rows = None
+        if (basis or entry.basis) == "principal":
+            rows = _principal(model, sites, task, examples, batch_size, seed, progress or SILENT)
+            model = in_basis(model, sites, rows)
         torch.manual_seed(seed)
         with placed(model, sites, compute) as ready:
             context = Context(
@@ -126,18 +133,20 @@ def search(
             "A method must reduce its sums over the processes (Context.accumulate does); run it in one process.",
         )
     finally:
-        model.train(training)
-        for parameter, flag in zip(model.parameters(), required, strict=True):
+        original.train(training)
+        for parameter, flag in zip(original.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
     return SolutionPath.from_importance(
         {key: value.numpy() for key, value in importance.items()},
         allocation=allocation or entry.allocation,
-        model=model_name or _name(model),
+        model=name,
         weights_sha256=hash_before,
         sites=sites,
         costs=costs,
         method=method,
+        basis=rows,
         options={
+            "basis": basis or entry.basis,
             "examples": context.examples,
             "batch_size": batch_size,
             "precision": precision,
@@ -157,6 +166,24 @@ def placed(model: nn.Module, sites: Sequence[Site], compute: Compute) -> Iterato
         if compute.activation_checkpointing:
             stack.enter_context(activation_checkpointing(model, sites))
         yield model
+
+
+def _principal(
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    task: Task,
+    examples: int | None,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    limit = min(examples or task.calibration_size, task.calibration_size)
+    progress.start(limit, "principal basis")
+    try:
+        batches = task.calibration(batch_size, limit=limit, seed=seed)
+        return principal_basis(model, sites, batches, task.signature, progress=progress)
+    finally:
+        progress.finish()
 
 
 def _name(model: nn.Module) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
 
 Precision = Literal["bf16", "fp32"]
+BasisName = Literal["own", "principal"]
 _TARGET = "target of the batch"  # beside the inputs' names, where a kept batch has its target
 # One tensor (units,) per unit key, larger = leaves later.
 Importance = Mapping[str, Tensor]
@@ -200,7 +201,8 @@ def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
 class Method:
     """One registry entry: `run(context, options)` returns an importance per unit.
 
-    `allocation` is how the path orders units across sites unless the user asks otherwise.
+    `allocation` is how the path orders units across sites, `basis` which dimensions of a head its qk and vo units are
+    (basis.py), unless the user asks otherwise.
     """
 
     name: str
@@ -208,3 +210,4 @@ class Method:
     run: Callable[[Context, Any], Importance]
     options: type[Options] = NoOptions
     allocation: Allocation = "global"
+    basis: BasisName = "own"

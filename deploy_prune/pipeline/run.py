@@ -113,14 +113,14 @@ def _check_lengths(setup: Setup) -> None:
 
 def run_fingerprint(setup: Setup, path: SolutionPath | None) -> str:
     """What tells this run from any other: the recipe, weights, data, versions, and a given path."""
-    given = None if path is None else {key: scores.tolist() for key, scores in path.scores.items()}
+    given = None if path is None else path.content_sha256()
     return fingerprint({"recipe": setup.recipe.resolved(), "identity": setup.identity, "path": given})
 
 
 def search_stage(workspace: Workspace, setup: Setup, path: SolutionPath | None) -> Stage:
     """`path.safetensors`, searched or as given."""
     how = setup.recipe.search.model_dump(mode="json")
-    given = None if path is None else {key: scores.tolist() for key, scores in path.scores.items()}
+    given = None if path is None else path.content_sha256()
 
     def work(directory: Path) -> None:
         (path or stages.find_path(setup)).save(directory / PATH)
@@ -157,7 +157,8 @@ def member_stages(
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import load_moments
 
-    plans = checked_plans(setup, SolutionPath.load(searched.directory / PATH))
+    path = SolutionPath.load(searched.directory / PATH)
+    plans = checked_plans(setup, path)
     unread = stages.unread_bytes(setup, read_json(dense.directory / FACTS)["export"])
     loaded = None
     done = {}
@@ -175,7 +176,14 @@ def member_stages(
             if moments is not None and loaded is None:
                 loaded = load_moments(moments.directory / MOMENTS)
             facts = stages.make_member(
-                setup, name, plan, loaded, directory, unread_bytes=unread, reference=_reference(dense)
+                setup,
+                name,
+                plan,
+                loaded,
+                directory,
+                unread_bytes=unread,
+                reference=_reference(dense),
+                basis=path.basis,
             )
             write_json(directory / FACTS, facts)
 

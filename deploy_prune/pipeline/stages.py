@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bench.report import LatencyReport
+    from deploy_prune.basis import Basis
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
     from deploy_prune.refitting import Moments
@@ -58,6 +59,7 @@ def find_path(setup: Setup) -> SolutionPath:
             setup.task,
             how.method,
             allocation=how.allocation,
+            basis=how.basis,
             examples=how.examples,
             batch_size=how.batch_size,
             precision=how.precision,
@@ -127,27 +129,27 @@ def make_member(
     *,
     unread_bytes: int,
     reference: np.ndarray | None,
+    basis: Basis | None = None,
 ) -> dict[str, Any]:
     """Refit, cut, export, prove and judge one member; its files go to `directory`, its facts are returned.
 
-    `unread_bytes` are parameters that the task's function never reads (see `unread_bytes`); `reference` holds the dense
-    model's answers when the metric is agreement. Raises ParityError when any two of the masked, compact and ONNX forms
-    differ, or the file holds other weights than the plan announced.
+    `basis` is that of the plan's path. `unread_bytes` are parameters that the task's function never reads (see
+    `unread_bytes`); `reference` holds the dense model's answers when the metric is agreement. Raises ParityError when
+    any two of the masked, compact and ONNX forms differ, or the file holds other weights than the plan announced.
     """
     from converters.checkpoint import save_pruned
     from converters.parity import check_parity
     from converters.surgery import compact
     from deploy_prune.gates import masked
-    from deploy_prune.refitting import refit
     from deploy_prune.release.samples import record_samples
 
     clock = Clock()
     signature = setup.task.signature
     plan.save(directory / PLAN)
     with clock.step("refit"):
-        source = setup.model if moments is None else refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge)
+        source = planned_weights(setup, plan, moments, basis)
     with clock.step("surgery"):
-        small = compact(source, plan, check_weights=moments is None)
+        small = compact(source, plan, check_weights=False)  # the run checked the plan against the base weights
     onnx = directory / f"{name}.onnx"
     with clock.step("export"):
         exported = export(setup, small, onnx, name)
@@ -167,6 +169,18 @@ def make_member(
         with clock.step("checkpoint"):
             save_pruned(small, plan, directory / CHECKPOINT, base_model=plan.model, tokenizer=tokenizer_of(setup))
     return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
+
+
+def planned_weights(setup: Setup, plan: PrunePlan, moments: Moments | None, basis: Basis | None) -> nn.Module:
+    """The dense-shaped weights that a plan cuts: refitted with the help of moments, otherwise the model's own, in the
+    basis of the plan's path."""
+    from deploy_prune.basis import in_basis, require_basis
+    from deploy_prune.refitting import refit
+
+    if moments is not None:
+        return refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge, basis=basis)
+    require_basis(basis, plan.basis)
+    return setup.model if basis is None else in_basis(setup.model, setup.sites, basis)
 
 
 def tokenizer_of(setup: Setup) -> Any:

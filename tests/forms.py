@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from deploy_prune.path import SolutionPath
 from deploy_prune.signature import Signature, TensorSpec
 from deploy_prune.units import groups, unit_key
 
-FAMILIES = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")
 SIZES = {"batch": 2, "sequence": 11}
 
 
@@ -42,14 +42,32 @@ def text_signature(output: tuple[int | str, ...], vocabulary: int = 99) -> Signa
     )
 
 
+@dataclass(frozen=True)
+class Family:
+    """A row of the support table: a tiny model (the fixture of its key) that passes every check of an adapter.
+
+    `library` is timm or transformers, `covers` what a user of it would call these models.
+    """
+
+    library: str
+    covers: str
+    signature: Signature
+
+
+# Fixture -> family. A new architecture is one line here and one fixture; README's table is made of these.
+FAMILIES: dict[str, Family] = {
+    "tiny_vit": Family("timm", "ViT, DeiT", image_signature()),
+    "tiny_bert": Family("transformers", "BERT", text_signature(("batch", 3))),
+    "tiny_distilbert": Family("transformers", "DistilBERT", text_signature(("batch", 2))),
+    "tiny_llama": Family("transformers", "Llama", text_signature(("batch", "sequence", 99))),
+}
+# Enough for rules of paths, searches and refits, which know sites and no adapter.
+FEW = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")
+
+
 def signature_of(family: str) -> Signature:
     """The signature of one of the tiny fixtures."""
-    return {
-        "tiny_vit": image_signature(),
-        "tiny_bert": text_signature(("batch", 3)),
-        "tiny_distilbert": text_signature(("batch", 2)),
-        "tiny_llama": text_signature(("batch", "sequence", 99)),
-    }[family]
+    return FAMILIES[family].signature
 
 
 def random_path(model: nn.Module, signature: Signature, seed: int = 0, **more: Any) -> SolutionPath:

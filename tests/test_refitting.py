@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forms import FAMILIES, output, random_path, relative_error, signature_of
+from forms import FEW, output, random_path, relative_error, signature_of
 
 from converters.surgery import compact
 from deploy_prune.activations import watching
@@ -29,7 +29,7 @@ def batches(signature, count=4, padding=False):
     return [SimpleNamespace(inputs=signature.random_inputs(sizes, seed=i, padding=padding)) for i in range(count)]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FEW)
 def family(request):
     return signature_of(request.param), request.getfixturevalue(request.param)
 

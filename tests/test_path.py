@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from forms import FAMILIES, random_path, signature_of
+from forms import FEW, random_path, signature_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from deploy_prune.units import UnitKind
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FEW)
 def path(request):
     return random_path(request.getfixturevalue(request.param), signature_of(request.param))
 

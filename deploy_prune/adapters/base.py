@@ -38,6 +38,13 @@ class Adapter(ABC):
     def vanish(self, model: nn.Module, site: Site, bias: Tensor | None) -> None:
         """Put `Vanished(bias)` where the sublayer was: only the bias of the output projection stays of `site`."""
 
+    def untouched(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Modules that hold parameters and offer no units, each with the reason: [("head", "the classifier")].
+
+        What is neither here nor in a site is listed by `deploy-prune inspect` without a reason.
+        """
+        return []
+
 
 # Why a query/key dimension cannot leave by itself.
 NORMED = "the norm over a head's query and key mixes all of its dimensions"

@@ -11,6 +11,8 @@ import click
 from deploy_prune.cli import console
 from deploy_prune.errors import UsageError
 
+TABLES = ("units", "not offered", "stays", "sites", "groups", "members", "latency")
+
 
 @click.command(short_help="Show what a model, path, plan or bundle holds.")
 @click.argument("thing")
@@ -26,7 +28,7 @@ def command(thing: str, as_json: bool) -> None:
     if as_json:
         console.emit_json(report)
         return
-    tables = {name: report.pop(name) for name in ("sites", "groups", "members", "latency") if name in report}
+    tables = {name: report.pop(name) for name in TABLES if name in report}
     console.facts({name: value for name, value in report.items() if value is not None})
     for name, rows in tables.items():
         if rows:
@@ -58,35 +60,18 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
 
 
 def describe_model(reference: str) -> dict[str, Any]:
-    """Size and prunable sites of a model."""
-    from deploy_prune.adapters import adapter_for
+    """Sites, units and costs of a model, and what is not prunable with the reason."""
     from deploy_prune.architecture import weights_sha256
-    from deploy_prune.budget import count_params
+    from deploy_prune.inspection import offers
     from deploy_prune.sources import load_model
 
     model = load_model(reference)
-    adapter = adapter_for(model)
-    sites = adapter.sites(model)
     return {
         "type": "model",
         "model": reference,
         "class": type(model).__name__,
-        "adapter": adapter.name,
-        "parameters": count_params(model),
         "weights_sha256": weights_sha256(model),
-        "sites": [
-            {
-                "site": site.name,
-                "kind": site.kind.value,
-                **{f"{kind.value}s": count for kind, count in site.counts.items()},
-                **(
-                    {"query heads": site.heads, "query-key width": site.qk_width, "value width": site.vo_width}
-                    if site.heads
-                    else {}
-                ),
-            }
-            for site in sites
-        ],
+        **offers(model),
     }
 
 

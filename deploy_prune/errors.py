@@ -56,6 +56,10 @@ class BudgetError(UsageError):
     """No plan of this path reaches the asked target; the message names the best reachable."""
 
 
+class UnresolvedError(UsageError):
+    """A search ended before it had told enough units apart."""
+
+
 class UnsupportedModelError(UsageError):
     """No adapter understands the model, or not all of it; `problems` names the sites."""
 

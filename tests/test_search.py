@@ -10,7 +10,7 @@ import torch
 
 from deploy_prune.architecture import weights_sha256
 from deploy_prune.demo import digits_vit, digits_vit_untrained
-from deploy_prune.errors import UsageError
+from deploy_prune.errors import UnresolvedError, UsageError
 from deploy_prune.methods import METHODS, search
 from deploy_prune.tasks import load_task
 from deploy_prune.units import UnitKind, groups, unit_key
@@ -110,3 +110,21 @@ def test_both_objectives_of_spp_enter_every_unit(model, task, objective):
 def test_an_unknown_method_or_option_is_named(model, task, method, options, message):
     with pytest.raises(UsageError, match=message):
         search(model, task, method, **options)
+
+
+def test_an_unresolved_search_says_so_and_goes_on_when_asked(model, task):
+    few = {"steps": 10, "travel": 0.5, "entry_share": 0.99, "curvature": 0, "resolved": 0.5}
+    with pytest.warns(UserWarning, match="of the units after 10 steps have entered"):
+        path = find(model, task, "spp", **few)
+    assert path.options["found"]["entered"] < 1 and path.options["found"]["steps"] == 10
+    with pytest.raises(UnresolvedError, match="has not separated enough units"):
+        find(model, task, "spp", **few, until_resolved=True, patience=1)
+    longer = find(model, task, "spp", **few, until_resolved=True, patience=50)
+    assert longer.options["found"]["entered"] >= 0.5 and longer.options["found"]["steps"] > 10
+
+
+def test_the_same_dimensions_leave_every_head_when_asked(model, task):
+    path = find(model, task, "spp", steps=10, same_in_heads=True)
+    site = next(s for s in path.sites if s.heads)
+    order = path.scores[f"{site.name}/vo"].reshape(site.kv_heads, -1)
+    assert all(np.array_equal(order[0], lane) for lane in order)

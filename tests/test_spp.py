@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deploy_prune.methods.spp import SplitLBI
+from deploy_prune.methods.inclusion import ReleasedInclusion, SplitLBI
 
 
 def least_squares_path(beta: torch.Tensor, nu: float, *, steps: int, step_m: float, kappa: float) -> SplitLBI:
@@ -63,3 +63,32 @@ def test_the_adaptive_step_is_blind_to_the_scale_of_the_loss():
     torch.testing.assert_close(moved(1.0), moved(1e4))
     assert math.isclose(float(moved(1.0)[0]), 0.8, abs_tol=1e-5)
     assert pytest.approx(1.2, abs=1e-5) == float(moved(1.0)[1])
+
+
+def test_a_group_enters_as_one_when_its_norm_passes_the_threshold():
+    """Two heads of two dimensions: dimension 0 is strong in one head only, dimension 1 is middling in both."""
+    lbi = SplitLBI({"u": torch.tensor([2.0, 1.0, 0.0, 1.0])}, lanes={"u": 2}, step_m=0.0, step_v=0.1, kappa=1.0)
+    for _ in range(30):
+        lbi.step({"u": torch.zeros(4)}, {"u": 0.0})
+    time = lbi.entry_time("u").view(2, 2)
+    assert torch.equal(time[0], time[1])
+    # root mean squares sqrt((4 + 0) / 2) and 1, so 1 / (0.1 √2) and 1 / 0.1 steps
+    torch.testing.assert_close(time[0], torch.tensor([10 / 2**0.5, 10.0]).double(), rtol=1e-5, atol=0)
+
+
+def test_the_released_variant_is_its_code_term_by_term():
+    lbi = ReleasedInclusion({"u": torch.tensor([1.0, -1.0])}, rate=0.5, shrink=3.0)
+    lbi.step({"u": torch.tensor([0.2, -0.4])}, {"u": 7.0})  # the coupling is not in it
+    # Adam's first step is the sign: M = (0.5, -0.5); V = 0.5 / 0.1 (M − 0) = (2.5, -2.5); nothing above 3 yet
+    torch.testing.assert_close(lbi.M["u"], torch.tensor([0.5, -0.5]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(lbi.V["u"], torch.tensor([2.5, -2.5]), rtol=1e-3, atol=0)
+    assert lbi.Γ["u"].tolist() == [0, 0]
+
+
+def test_in_the_released_variant_an_open_gate_enters_after_three_thousand_steps_and_a_negative_one_never():
+    lbi = ReleasedInclusion({"u": torch.tensor([1.0, -1.0])})
+    for _ in range(3_100):
+        lbi.step({"u": torch.zeros(2)}, {"u": 0.0})
+    # V grows by 1e-3 a step, but for the first few, which the bias correction makes larger
+    assert 2_950 < lbi.entry["u"][0] < 3_000 and lbi.entry["u"][1].isinf()
+    assert lbi.Γ["u"][0] > 0 and lbi.Γ["u"][1] == 0

@@ -92,6 +92,7 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     """The recipe that a path remembers, with another family. Raises UsageError when it remembers no task."""
     options = dict(path.options)
     task = options.pop("task", None)
+    options.pop("found", None)
     if task is None:
         raise UsageError(
             "the path does not say what task it was searched for",

@@ -18,6 +18,11 @@ from deploy_prune.cli import console
 @click.option("--task-option", "task_options", multiple=True, metavar="KEY=VALUE", help="An option of the task.")
 @click.option("--method", default="spp", show_default=True, help="spp, fisher, taylor, magnitude, random.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method: steps=120")
+@click.option(
+    "--until-resolved",
+    is_flag=True,
+    help="spp: go on until enough units have entered, not rank the rest by rate.",
+)
 @click.option("--examples", type=click.IntRange(1), help="Calibration examples.  [default: all]")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
@@ -38,6 +43,7 @@ def command(
     method: str,
     settings: tuple[str, ...],
     output: Path,
+    until_resolved: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -53,6 +59,7 @@ def command(
     from deploy_prune.recipe_text import settings_of
 
     refuse_foreign_file(output)
+    options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
     device, seed = how.pop("device"), how.pop("seed")
     recipe = recipe_from(
         {
@@ -64,7 +71,7 @@ def command(
                 "evaluation": evaluation,
                 "options": settings_of(task_options, "--task-option"),
             },
-            "search": {"method": method, "options": settings_of(settings, "--set"), **how},
+            "search": {"method": method, "options": options, **how},
             "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
             "device": device,
             "seed": seed,

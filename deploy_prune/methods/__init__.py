@@ -152,6 +152,7 @@ def search(
             "precision": precision,
             "seed": seed,
             **parsed.model_dump(),
+            **({"found": context.facts} if context.facts else {}),
         },
     )
 

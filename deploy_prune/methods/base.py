@@ -51,7 +51,8 @@ class Context:
     """A model under search, its weights frozen, and the calibration stream that judges its units.
 
     A method that goes through the data with `accumulate` and `total` runs on any number of processes, in pieces of any
-    size, and goes on after a kill; `saved` keeps what else it wants to find again.
+    size, and goes on after a kill; `saved` keeps what else it wants to find again. `facts`, JSON data that
+    the method leaves there, are kept in the path's options as "found".
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Context:
     progress: Progress = SILENT
     compute: Compute = field(default_factory=Compute)
     saved: SavedState = field(default_factory=SavedState)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -6,9 +6,8 @@ first. The time of entry is the path: one search, every sparsity.
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,16 +15,16 @@ from pydantic import Field
 from torch import Tensor
 
 from deploy_prune.activations import watching
-from deploy_prune.errors import DataError
+from deploy_prune.errors import DataError, UnresolvedError
 from deploy_prune.gates import open_gates
 from deploy_prune.methods.base import Context, Importance, Options
+from deploy_prune.methods.inclusion import BETA1, Inclusion, ReleasedInclusion, SplitLBI
 from deploy_prune.methods.statistics import gate_statistics
 from deploy_prune.saved_state import State
 from deploy_prune.tasks.base import Batch
-from deploy_prune.units import groups, unit_key
+from deploy_prune.units import PER_HEAD, groups, unit_key
 
 Objective = Literal["distill", "task"]
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults, for the adaptive step
 _LOSS = "loss"  # beside the unit keys, in sums over rows
 FLOOR = 1e-5  # of 1/ν; losses are in nats per example, where useful couplings lie between 1e-4 and 1e-2
 
@@ -49,77 +48,24 @@ class SppOptions(Options):
     curvature_examples: int = Field(256, ge=1, description="calibration examples for the Fisher quadratic")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
+    variant: Literal["equations", "released"] = Field(
+        "equations", description="the paper's equations, or the iteration of its released code, which departs from them"
+    )
+    rate: float = Field(1e-3, gt=0, description="η of the released variant")
+    same_in_heads: bool = Field(
+        False, description="one group of the proximal map is the same dimension in every head, as in the released code"
+    )
+    until_resolved: bool = Field(
+        False,
+        description="go on after `steps` until `resolved` of the units have entered, at most `patience` times as long",
+    )
+    resolved: float = Field(0.98, gt=0, le=1, description="share of units that must have entered for a resolved path")
+    patience: int = Field(10, ge=1, description="most steps of until_resolved, in units of `steps`")
     objective: Objective | None = Field(
         None,
         description="distance to the dense outputs, or the task's own loss; "
         "unset: distill, but task for causal-lm, whose outputs are too large to keep",
     )
-
-
-@dataclass
-class SplitLBI:
-    """Split linearised Bregman iteration on any differentiable loss L, from M = 1, V = Γ = 0.
-
-        L̄(M, Γ) = L(M) + (1/2ν) ‖M − Γ‖²
-        M ← M − κα ∇_M L̄,    V ← V + (α/ν)(M − Γ),    Γ ← κ · sign(V) · max(|V| − 1, 0)
-
-    `step_m` is κα and `step_v` is α/ν; 1/ν itself is given with every step, by key, so that units which cost more
-    may be pulled harder. With `adaptive`, ∇_M L̄ is divided by its running root mean square, as in the paper's released
-    code, so that `step_m` suits any scale of loss. `entry` holds, in steps, the time at which |V| passed 1,
-    interpolated within its step; infinity where it has not.
-    """
-
-    M: dict[str, Tensor]
-    step_m: float
-    step_v: float
-    kappa: float
-    adaptive: bool = False
-    steps: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        def zeros() -> dict[str, Tensor]:
-            return {key: torch.zeros_like(m) for key, m in self.M.items()}
-
-        self.V, self.Γ, self.first, self.second = zeros(), zeros(), zeros(), zeros()
-        self.entry = {key: torch.full_like(m, math.inf) for key, m in self.M.items()}
-
-    @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], coupling: Mapping[str, float]) -> None:
-        """One step, with ∂L/∂M given; both are (units,) by key."""
-        self.steps += 1
-        for key, M in self.M.items():
-            gap = M - self.Γ[key]
-            direction = gradients[key] + coupling[key] * gap
-            before = self.V[key].abs()
-            self.V[key] += self.step_v * gap
-            M -= self.step_m * (self._adapted(key, direction) if self.adaptive else direction)
-            after = self.V[key].abs()
-            self.Γ[key] = self.kappa * self.V[key].sign() * (after - 1).clamp(min=0)
-            new = (after > 1) & self.entry[key].isinf()
-            passed = (1 - before) / (after - before)
-            self.entry[key] = torch.where(new, self.steps - 1 + passed, self.entry[key])
-
-    def entry_time(self, key: str) -> Tensor:
-        """Time of entry in steps, (units,) float64; of a unit still outside, when V's mean rate would bring it in."""
-        rate = (self.V[key].abs().double() / self.steps).clamp(min=1e-12)
-        return torch.where(self.entry[key].isfinite(), self.entry[key].double(), 1 / rate)
-
-    def state_bytes(self) -> int:
-        """Memory held between steps: a few numbers per unit, nothing per weight."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of the state but the number of `steps`: "M|blocks.0.mlp/neuron" and so on."""
-        parts = {
-            "M": self.M, "V": self.V, "gamma": self.Γ, "first": self.first, "second": self.second, "entry": self.entry
-        }  # fmt: skip
-        return {f"{name}|{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
-
-    def _adapted(self, key: str, direction: Tensor) -> Tensor:
-        first, second = self.first[key], self.second[key]
-        first.mul_(BETA1).add_(direction, alpha=1 - BETA1)
-        second.mul_(BETA2).addcmul_(direction, direction, value=1 - BETA2)
-        return (first / (1 - BETA1**self.steps)) / ((second / (1 - BETA2**self.steps)).sqrt() + EPSILON)
 
 
 class SppSearch:
@@ -144,13 +90,19 @@ class SppSearch:
         self.fisher = self._fisher() if options.curvature else None
         self.means = means if options.deviation else None
         first_entry = options.entry_share * options.steps  # in steps, of a gate that stays at 1
-        gates = open_gates(context.sites, device=context.device)
-        self.lbi = SplitLBI(
-            {key: gate.requires_grad_(True) for key, gate in gates.items()},
-            step_m=options.travel / first_entry,
-            step_v=1 / first_entry,
-            kappa=options.kappa,
-            adaptive=options.adaptive,
+        gates = {k: g.requires_grad_(True) for k, g in open_gates(context.sites, device=context.device).items()}
+        lanes = {unit_key(s.name, k): s.lanes(k) for s, k in groups(context.sites, PER_HEAD) if options.same_in_heads}
+        self.lbi: Inclusion = (
+            ReleasedInclusion(gates, lanes=lanes, rate=options.rate)
+            if options.variant == "released"
+            else SplitLBI(
+                gates,
+                lanes=lanes,
+                step_m=options.travel / first_entry,
+                step_v=1 / first_entry,
+                kappa=options.kappa,
+                adaptive=options.adaptive,
+            )
         )
         params = {unit_key(s.name, k): float(context.costs.unit_params(s, k)) for s, k in groups(context.sites)}
         self.cost = {key: p / min(params.values()) for key, p in params.items()}
@@ -172,32 +124,60 @@ class SppSearch:
         return rise
 
     def run(self) -> Importance:
-        """Steps until every unit has entered, or all of them, then the importance of every unit."""
-        progress, saved = self.context.progress, self.context.saved
+        """Steps until every unit has entered or all of them are done, then the importance of every unit.
+
+        Raises UnresolvedError when `until_resolved` was asked and even its last step left too many units outside.
+        """
+        progress, saved, options = self.context.progress, self.context.saved, self.options
         if (state := saved.load("spp: search")) is not None:
             self._restore(state)
-        progress.start(self.options.steps, "spp: search")
+        most = options.steps * (options.patience if options.until_resolved else 1)
+        progress.start(options.steps, "spp: search")
         try:
-            progress.advance(self.lbi.steps)
-            for index in self._order()[self.lbi.steps :]:
+            progress.advance(min(self.lbi.steps, options.steps))
+            for index in self._order(most)[self.lbi.steps :]:
                 rise = self.step(self.batches[index])
                 if saved.due():
                     saved.save("spp: search", self.lbi.tensors(), {"steps": self.lbi.steps, "price": self.price})
-                entered = self.entered()
+                entered = self.lbi.entered()
                 progress.advance(note=f"rise {rise:.3f}, {entered:.0%} entered")
                 if entered == 1:  # every time of entry is known: further steps say nothing
                     break
+                if self.lbi.steps >= options.steps and entered >= options.resolved:
+                    break
         finally:
             progress.finish()
+        self._judge_resolution()
         return self.importance()
 
-    def _order(self) -> list[int]:
+    def _judge_resolution(self) -> None:
+        """Say how far the path is resolved: a unit that has not entered is ordered by how fast it was coming."""
+        entered, steps = self.lbi.entered(), self.lbi.steps
+        self.context.facts.update(steps=steps, entered=round(entered, 4))
+        if entered >= self.options.resolved:
+            return
+        found = f"{entered:.1%} of the units after {steps} steps"
+        if self.options.until_resolved:
+            raise UnresolvedError(
+                "the search has not separated enough units",
+                where="spp",
+                expected=f"{self.options.resolved:.0%} of the units in the support",
+                got=found,
+                remedy="Raise patience, lower entry_share (equations) or raise rate (released variant).",
+            )
+        warnings.warn(
+            f"spp: only {found} have entered; the others are ordered by how fast they were coming. "
+            "The option until_resolved goes on until they have.",
+            stacklevel=4,
+        )
+
+    def _order(self, steps: int) -> list[int]:
         """Which batch every step takes: all of them in a new order, again and again."""
         generator = torch.Generator().manual_seed(self.context.seed)
         order: list[int] = []
-        while len(order) < self.options.steps:
+        while len(order) < steps:
             order += reversed(torch.randperm(len(self.batches), generator=generator).tolist())
-        return order[: self.options.steps]
+        return order[:steps]
 
     def _restore(self, state: State) -> None:
         for key, tensor in self.lbi.tensors().items():
@@ -219,11 +199,6 @@ class SppSearch:
             unit_key(s.name, k): self.context.costs.unit_params(s, k) / self.lbi.entry_time(unit_key(s.name, k))
             for s, k in groups(self.context.sites)
         }
-
-    def entered(self) -> float:
-        """Share of the units that are in the support of Γ."""
-        inside = torch.stack([entry.isfinite().sum() for entry in self.lbi.entry.values()]).sum()
-        return int(inside) / sum(len(entry) for entry in self.lbi.entry.values())
 
     def _steer(self, gradients: Mapping[str, Tensor]) -> None:
         """1/ν = pressure · the running mean of |∂L/∂m| per parameter: ν must follow the loss's own scale.

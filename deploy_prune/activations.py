@@ -14,9 +14,10 @@ from deploy_prune.units import Site
 
 @dataclass
 class Watch:
-    """`valid` (batch, tokens) says which tokens count; None: all do."""
+    """`valid` (batch, tokens) says which tokens count; None: all do. While `idle`, nothing is seen."""
 
     valid: Tensor | None = None
+    idle: bool = False
 
     def attend(self, signature: Signature, inputs: Mapping[str, Tensor]) -> None:
         """Leave the padding of the coming batch out."""
@@ -39,7 +40,8 @@ def watching(model: nn.Module, sites: Sequence[Site], see: Callable[[str, Tensor
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(name, watch.tokens(args[0].detach()))
+            if not watch.idle:
+                see(name, watch.tokens(args[0].detach()))
 
         return hook
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+class ProcessError(UnavailableError):
+    """Another process of the run has ended, so that this one cannot go on."""
+
+
 # Others wait this long while the main process exports and times models; a process that died is noticed at once.
 _PATIENCE = timedelta(days=7)
 _WORD = timedelta(seconds=3)  # for the main process to report the failure that every process met
@@ -153,7 +158,12 @@ def from_main(function: Callable[[], T]) -> T:
             result = function()
         except DeployPruneError as caught:
             error = caught
-    error, result = broadcast((error, result))
+            reports(error)  # before the others, who may have met the same failure and be on their way out
+    try:
+        error, result = broadcast((error, result))
+    except ProcessError:
+        if error is None:
+            raise
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
@@ -171,33 +181,33 @@ def require_same(what: str, value: Any, remedy: str) -> None:
         )
 
 
-def explain(error: BaseException) -> UnavailableError | None:
+def explain(error: BaseException) -> ProcessError | None:
     """In words, the failure that the end of another process causes here; None when `error` is something else."""
     if _started is None or not isinstance(error, RuntimeError):
         return None
     text = str(error)
     if not any(word in text for word in ("gloo", "NCCL", "nccl", "Connection closed by peer", "Connection reset")):
         return None
-    return UnavailableError(
+    return ProcessError(
         "another process of this run has ended",
         got=text.splitlines()[0][:200],
         remedy="Its own message says why, unless it was killed; nothing half-written was kept, and `--resume` goes on.",
     )
 
 
-def reports(message: str) -> bool:
-    """Whether this process should print the failure `message`: of a failure that all met, the main process tells."""
+def reports(error: BaseException) -> bool:
+    """Whether this process should print its failure: what all met, and what the main one's end causes, it tells."""
     if _started is None:
-        return True
+        return launched() == 1 or os.environ.get("RANK", "0") == "0"
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
         store = _get_default_store()
         if is_main():
-            store.set(_FAILURE, message)
+            store.set(_FAILURE, str(error))
             return True
         store.wait([_FAILURE], _WORD)
-        return bool(store.get(_FAILURE).decode() != message)
+        return not isinstance(error, ProcessError) and bool(store.get(_FAILURE).decode() != str(error))
     except RuntimeError:  # nobody to ask, or the main process has not failed
         return True
 

@@ -49,6 +49,18 @@ class SearchPart(Part):
     options: dict[str, Any] = {}
 
 
+class ComputePart(Part):
+    """How search and moments are computed, which changes results by rounding only: `micro_batch` examples at once
+    (null: the whole batch), activations computed again on the way back, weights spread over the processes (FSDP), GiB
+    of calibration batches, dense outputs and moments held at a time, minutes between saved states of a search."""
+
+    micro_batch: Count | None = None
+    activation_checkpointing: bool = False
+    shard: bool = False
+    memory_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+
+
 class FamilyPart(Part):
     """Which members are cut: `sparsities: [0.1, 0.3]`, or `budget: macs` with `targets: [0.5, 4.0e8]`.
 
@@ -150,6 +162,7 @@ class Recipe(Part):
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()
     bench: BenchPart = BenchPart()
+    compute: ComputePart = ComputePart()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

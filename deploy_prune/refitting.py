@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from deploy_prune import distributed
 from deploy_prune.activations import watching
 from deploy_prune.adapters import find_sites
 from deploy_prune.basis import Basis, in_basis, reading_matrix, require_basis
@@ -19,11 +21,11 @@ from deploy_prune.files import atomic_file, existing
 from deploy_prune.layers import bias_of, layer_at, matrix, width
 from deploy_prune.plan import PrunePlan
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.tasks.base import Batch, IdleBatch
 from deploy_prune.units import Site
 
 if TYPE_CHECKING:
     from deploy_prune.signature import Signature
-    from deploy_prune.tasks.base import Batch
 
 # Relative to the mean diagonal. On held-out calibration images of ViT-Tiny 1e-4 and 1e-3 are equal within noise
 # (bench/notes.md).
@@ -85,11 +87,13 @@ def collect_moments(
     signature: Signature,
     *,
     progress: Progress = SILENT,
+    together: bool = False,
 ) -> dict[str, SiteMoments]:
     """Stream calibration `batches` through the dense model; padding tokens are left out.
 
-    Memory: one (d, d) float64 matrix per site, never the activations. Raises DataError when there is no batch,
-    RefitError when activations are not finite.
+    `together`: every process of the run streams its share, and all get the moments of the whole. Memory: one (d, d)
+    float64 matrix per site, a few more while they are made, never the activations. Raises DataError when there is no
+    batch, RefitError when activations are not finite.
     """
     sums = {site.name: _Accumulator() for site in sites}
     device = next(model.parameters()).device
@@ -97,15 +101,30 @@ def collect_moments(
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
             watch.attend(signature, inputs)
+            watch.idle = isinstance(batch, IdleBatch)
             signature.call(model, inputs)
             progress.advance(len(next(iter(inputs.values()))))
-    if any(not s.count for s in sums.values()):
+    moments = {name: s.result() for name, s in sums.items() if s.count}
+    if together:
+        moments = _of_all_processes(moments)
+    if len(moments) < len(sums):
         raise DataError("no calibration data for the refit", remedy="Give the task calibration data.")
-    moments = {name: s.result() for name, s in sums.items()}
     bad = [name for name, m in moments.items() if not torch.isfinite(m.second).all()]
     if bad:
         raise RefitError("activations are not finite", problems=bad, remedy="Check the model and its inputs.")
     return moments
+
+
+def _of_all_processes(moments: Moments) -> dict[str, SiteMoments]:
+    """Σ n x̄ / Σ n over the processes, one site at a time."""
+    total: dict[str, SiteMoments] = {}
+    for name in sorted(set().union(*distributed.all_gather(set(moments)))):
+        own = moments.get(name)
+        sums = {} if own is None else {"mean": own.count * own.mean, "second": own.count * own.second}
+        count = sum(distributed.all_gather(own.count if own else 0))
+        reduced = distributed.reduce(sums)
+        total[name] = SiteMoments(count, reduced["mean"] / count, reduced["second"] / count)
+    return total
 
 
 def refit_output(
@@ -188,27 +207,57 @@ def kept_features(site: Site, plan: PrunePlan, width: int) -> Tensor:
 
 def save_moments(moments: Moments, path: Path | str) -> None:
     """Write moments as safetensors, atomically."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     tensors = {}
     for name, m in moments.items():
         tensors[f"{name}/mean"], tensors[f"{name}/second"] = m.mean, m.second
         tensors[f"{name}/count"] = torch.tensor([m.count])
     with atomic_file(path) as temporary:
-        temporary.write_bytes(save(tensors, {"_type": "Moments", "_version": "1"}))
+        save_file(tensors, temporary, {"_type": "Moments", "_version": "1"})
 
 
-def load_moments(path: Path | str) -> dict[str, SiteMoments]:
-    """Read moments. Raises UnavailableError, ArtifactError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load_moments(path: Path | str) -> Moments:
+    """Moments in a file, or in the files of a directory; each site's are read when they are asked for, and not kept.
 
+    Raises UnavailableError, ArtifactError.
+    """
     path = existing(path, "moments file")
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return _StoredMoments({name: file for file in files for name in _sites_in(file)})
+
+
+class _StoredMoments(Mapping[str, SiteMoments]):
+    """Site name -> the file that holds its moments."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> SiteMoments:
+        with _moments_file(self._files[name]) as stream:
+            count, mean, second = (stream.get_tensor(f"{name}/{part}") for part in ("count", "mean", "second"))
+        return SiteMoments(int(count), mean, second)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _sites_in(file: Path) -> list[str]:
+    with _moments_file(file) as stream:
+        return sorted(key.removesuffix("/count") for key in stream.keys() if key.endswith("/count"))  # noqa: SIM118
+
+
+@contextmanager
+def _moments_file(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        tensors = load_file(path)
-        names = sorted({key.rpartition("/")[0] for key in tensors})
-        return {n: SiteMoments(int(tensors[f"{n}/count"]), tensors[f"{n}/mean"], tensors[f"{n}/second"]) for n in names}
-    except (SafetensorError, KeyError) as error:
+        with safe_open(path, "pt") as stream:
+            yield stream
+    except SafetensorError as error:
         raise ArtifactError(
             "not a whole moments file",
             where=str(path),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from processes import run_processes
-from scipy.stats import kendalltau
+from processes import assert_same_path, run_processes
 
 from deploy_prune import distributed
+from deploy_prune.adapters import find_sites
 from deploy_prune.errors import ArtifactError, UsageError
+from deploy_prune.methods import placed
 from deploy_prune.methods.compute import Compute, parts
+from deploy_prune.moment_groups import collect_to
+from deploy_prune.refitting import load_moments
 
 EXAMPLES = 49  # the last of the batches of 16 holds one example: nothing for the second process
 
@@ -39,8 +43,20 @@ def found(method: str, compute: Compute, **options: Any) -> dict[str, np.ndarray
     return {key: np.asarray(scores) for key, scores in path.scores.items()}
 
 
-def everything() -> dict[str, Any]:
+def moments_in(directory: Path, compute: Compute, limit: float) -> dict[str, Any]:
+    model, task = digits()
+    sites = find_sites(model)
+    order = task.calibration_order(task.calibration_items(EXAMPLES), 16)
+    with placed(model, sites, compute) as ready, torch.no_grad():
+        collect_to(directory, ready, sites, task, order, limit=limit, compute=compute)
+    distributed.all_gather(None)  # the file of the last group is there
+    return {name: (m.count, m.mean, m.second) for name, m in load_moments(directory).items()}
+
+
+def everything(directory: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
+        "moments": moments_in(directory / "moments", Compute(micro_batch=5), 1e6),
+        "moments sharded": moments_in(directory / "sharded", Compute(shard=True), 1e9),
         "spp": found("spp", Compute(), steps=12),
         "fisher": found("fisher", Compute()),
         "spp sharded": found("spp", Compute(shard=True, micro_batch=3, activation_checkpointing=True), steps=12),
@@ -67,7 +83,8 @@ def refuse() -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_processes(2, everything, tmp_path_factory.mktemp("two"))
+    directory = tmp_path_factory.mktemp("two")
+    return run_processes(2, everything, directory, directory)
 
 
 @pytest.mark.parametrize("method", ["spp", "fisher"])
@@ -80,12 +97,15 @@ def test_sharded_weights_in_small_pieces_find_the_same_path(two: list[dict[str, 
     assert_same_path(two[0]["magnitude sharded"], found("magnitude", Compute()))
 
 
-def assert_same_path(path: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert path.keys() == expected.keys()
-    for key, scores in expected.items():
-        assert np.allclose(path[key], scores, rtol=0, atol=1e-3), key
-    order = [np.concatenate(list(p.values())) for p in (path, expected)]
-    assert kendalltau(*order).statistic > 0.999
+@pytest.mark.parametrize("how", ["moments", "moments sharded"])
+def test_two_processes_find_the_moments_of_one(two: list[dict[str, Any]], how: str, tmp_path: Path) -> None:
+    expected = moments_in(tmp_path, Compute(), 1e9)
+    assert two[0][how].keys() == expected.keys() == two[1][how].keys()
+    for name, (count, mean, second) in expected.items():
+        found_count, found_mean, found_second = two[0][how][name]
+        assert found_count == count
+        torch.testing.assert_close(found_mean, mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found_second, second, rtol=1e-5, atol=1e-7)
 
 
 def test_all_processes_hold_the_same_bits(two: list[dict[str, Any]]) -> None:
@@ -130,3 +150,13 @@ def test_a_launcher_setting_that_would_be_ignored_is_refused(monkeypatch: pytest
     with pytest.raises(UsageError, match="deepspeed") as refused:
         distributed.start()
     assert len(refused.value.problems) == 2
+
+
+def test_a_command_for_one_process_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from deploy_prune.cli.main import run_command
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for process, told in ("0", True), ("1", False):
+        monkeypatch.setenv("RANK", process)
+        assert run_command(["verify", "somewhere"]) == 2
+        assert ("`verify` runs in one process" in capsys.readouterr().err) == told

@@ -16,12 +16,15 @@ from deploy_prune.progress import SILENT, Progress
 
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn: enough for a CI log, not more
 _quiet = False
+_for_good = False
 
 
-def set_quiet(quiet: bool) -> None:
-    """Silence progress and notes (`-q`); results and errors are always printed."""
-    global _quiet
-    _quiet = quiet
+def set_quiet(quiet: bool, *, for_good: bool = False) -> None:
+    """Silence progress and notes (`-q`); results and errors are always printed. `for_good`: later calls do not undo
+    it."""
+    global _quiet, _for_good
+    _for_good = _for_good or for_good
+    _quiet = quiet or _for_good
 
 
 def note(text: str) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 
 import click
 
-from deploy_prune.errors import DeployPruneError, UnavailableError, did_you_mean
+from deploy_prune import distributed
+from deploy_prune.errors import DeployPruneError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.version import __version__
 
 # Name -> one-line summary. The module deploy_prune.cli.NAME is imported only when NAME is called, so that
@@ -35,6 +36,9 @@ COMMANDS = {
     "inspect": "Show what a model, path, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
 }
+
+# Commands that may run in several processes, started by `accelerate launch` or `torchrun`.
+PARALLEL = ("demo", "run", "search", "export")
 
 EXIT_BUG = 70  # EX_SOFTWARE: kept apart from 1, which CI reads as "a gate failed"
 EXIT_INTERRUPTED = 130
@@ -120,18 +124,22 @@ def run_command(args: Sequence[str] | None = None) -> int:
     previous = _interrupt_on_sigterm()
     try:
         refuse_shadowed_packages()
+        if distributed.launched() > 1:
+            _join_processes(sys.argv[1:] if args is None else args)
         result = cli.main(args=None if args is None else list(args), prog_name="deploy-prune", standalone_mode=False)
         sys.stdout.flush()
+        distributed.finish()
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except DeployPruneError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, error)
     except click.exceptions.FileError as error:
-        return _fail(error.format_message(), UnavailableError.exit_code)
+        return _fail(error.format_message(), UnavailableError.exit_code, error)
     except click.ClickException as error:
-        error.show()
+        if distributed.reports(error):
+            error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("Interrupted; nothing half-written was kept.", EXIT_INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return _fail("Interrupted; nothing half-written was kept.", EXIT_INTERRUPTED, error)
     except (PipeClosed, BrokenPipeError):
         # Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,9 +147,9 @@ def run_command(args: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(str(_out_of_memory(error)), UnavailableError.exit_code)
     except Exception as error:
-        known = _environment_failure(error)
+        known = _environment_failure(error) or distributed.explain(error)
         if known is not None:
-            return _fail(str(known), known.exit_code)
+            return _fail(str(known), known.exit_code, known)
         traceback.print_exc()
         return _fail("This is a bug in deploy-prune: please report it with the lines above.", EXIT_BUG)
     finally:
@@ -183,9 +191,28 @@ def _interrupt_on_sigterm() -> Any:
         return None
 
 
-def _fail(message: str, code: int) -> int:
+def _join_processes(args: Sequence[str]) -> None:
+    """Meet the other processes of the launcher; all but the main one fall silent but for failures of their own."""
+    from deploy_prune.cli import console
+
+    command = next((arg for arg in args if not arg.startswith("-")), "")
+    if command in COMMANDS and command not in PARALLEL:
+        raise UsageError(
+            f"`{command}` runs in one process",
+            got=f"{distributed.launched()} processes",
+            remedy=f"Start it without a launcher; {', '.join(PARALLEL)} use several.",
+        )
+    distributed.start()
+    if not distributed.is_main():
+        console.set_quiet(True, for_good=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    if error is None or distributed.reports(error):
+        own = f"process {distributed.index()}: " if distributed.index() else ""
+        print(own + message, file=sys.stderr, flush=True)
     return code
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploy_prune import distributed
 from deploy_prune.cli import console
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def report_bundle(outcome: Outcome, as_json: bool) -> None:
     """Print the family of a finished bundle."""
     from deploy_prune.pipeline.summary import rows, summary
 
+    if not distributed.is_main():
+        return
     found = summary(outcome.out)
     if as_json:
         console.emit_json(found)

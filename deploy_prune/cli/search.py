@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploy_prune import distributed
 from deploy_prune.cli import console
+from deploy_prune.cli.run import resume_options
+
+if TYPE_CHECKING:
+    from deploy_prune.pipeline.workspace import Mode
 
 
 @click.command(short_help="Score every unit of a model and write the solution path.")
@@ -30,9 +35,15 @@ from deploy_prune.cli import console
 @click.option(
     "--basis", type=click.Choice(["own", "principal"]), help="What a head's dimensions are.  [default: the method's]"
 )
+@click.option("--micro-batch", type=click.IntRange(1), help="Examples at once.  [default: a whole batch]")
+@click.option("--activation-checkpointing", is_flag=True, help="Compute activations again on the way back.")
+@click.option("--shard", is_flag=True, help="Spread the weights over the processes (FSDP).")
+@click.option("--memory-gb", type=click.FloatRange(0), default=2.0, show_default=True, help="GiB of kept data.")
+@click.option("--checkpoint-minutes", type=click.FloatRange(0), default=5.0, show_default=True, help="Between saves.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PATH.safetensors")
+@resume_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def command(
     model: str,
@@ -44,23 +55,27 @@ def command(
     settings: tuple[str, ...],
     output: Path,
     until_resolved: bool,
+    mode: Mode | None,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Search MODEL (timm:, hf:, gguf: or python: reference) and write the solution path.
 
-    One path serves every budget: `deploy-prune export PATH --sparsity .3,.5 -o BUNDLE`.
+    One path serves every budget: `deploy-prune export PATH --sparsity .3,.5 -o BUNDLE`. A stopped search keeps what it
+    has reached in PATH.work; `--resume` goes on from there. Several processes: `accelerate launch --num_processes N -m
+    deploy_prune search ...`.
     """
     from deploy_prune.cli.inspect import describe_path
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.stages import find_path
-    from deploy_prune.pipeline.workspace import refuse_foreign_file
-    from deploy_prune.recipe import recipe_from
+    from deploy_prune.pipeline.workspace import refuse_foreign_file, search_workspace
+    from deploy_prune.recipe import ComputePart, recipe_from
     from deploy_prune.recipe_text import settings_of
 
-    refuse_foreign_file(output)
+    distributed.from_main(lambda: refuse_foreign_file(output))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
     device, seed = how.pop("device"), how.pop("seed")
+    compute = {name: how.pop(name) for name in ComputePart.model_fields}
     recipe = recipe_from(
         {
             "name": "search",
@@ -73,12 +88,18 @@ def command(
             },
             "search": {"method": method, "options": options, **how},
             "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
+            "compute": compute,
             "device": device,
             "seed": seed,
         },
         where="the command line",
     )
-    find_path(prepare(recipe, console.progress())).save(output)
+    setup = prepare(recipe, console.progress())
+    with search_workspace(output, mode or "new") as saved:
+        path = find_path(setup, saved)
+        distributed.from_main(lambda: path.save(output))
+    if not distributed.is_main():
+        return
     report = describe_path(str(output))
     if as_json:
         console.emit_json(report)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Names of the files that stages leave for each other.
 FACTS = "facts.json"
 PATH = "path.safetensors"
-MOMENTS = "moments.safetensors"
+MOMENTS = "moments"
 
 
 def is_bundle(directory: Path) -> bool:

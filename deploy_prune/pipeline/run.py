@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune import distributed
 from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
@@ -55,21 +56,14 @@ def run_recipe(
     of every step; none leaves an `out` behind. ParityError means that a member was not what it should be.
     """
     check_runtimes(recipe)
-    refuse_foreign(out, work_directory(out), mode, is_bundle)  # before a model is loaded, let alone trained
+    # before a model is loaded, let alone trained
+    distributed.from_main(lambda: refuse_foreign(out, work_directory(out), mode, is_bundle))
     setup = prepare(recipe, progress)
     _check_lengths(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
-    if mode == "resume" and is_bundle(out):
-        if not made_by(out, wanted):
-            raise UsageError(
-                "the output is the bundle of another run",
-                where=str(out),
-                got="a manifest of another recipe, data, weights or versions",
-                remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
-            )
-        discard(work_directory(out))
+    if mode == "resume" and distributed.from_main(lambda: _finished(out, wanted)):
         return Outcome(out, already=True)
     with open_workspace(out, mode, is_output=is_bundle, note=note) as workspace:
         searched = search_stage(workspace, setup, path)
@@ -86,6 +80,21 @@ def run_recipe(
         )
         workspace.finish(bundle)
     return Outcome(out)
+
+
+def _finished(out: Path, wanted: str) -> bool:
+    """Whether an earlier run left the bundle that is `wanted`. Raises UsageError for the bundle of another run."""
+    if not is_bundle(out):
+        return False
+    if not made_by(out, wanted):
+        raise UsageError(
+            "the output is the bundle of another run",
+            where=str(out),
+            got="a manifest of another recipe, data, weights or versions",
+            remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
+        )
+    discard(work_directory(out))
+    return True
 
 
 def check_runtimes(recipe: Recipe) -> None:
@@ -114,7 +123,8 @@ def _check_lengths(setup: Setup) -> None:
 def run_fingerprint(setup: Setup, path: SolutionPath | None) -> str:
     """What tells this run from any other: the recipe, weights, data, versions, and a given path."""
     given = None if path is None else path.content_sha256()
-    return fingerprint({"recipe": setup.recipe.resolved(), "identity": setup.identity, "path": given})
+    recipe = setup.recipe.model_dump(mode="json", exclude={"compute"})
+    return fingerprint({"recipe": recipe, "identity": setup.identity, "path": given})
 
 
 def search_stage(workspace: Workspace, setup: Setup, path: SolutionPath | None) -> Stage:
@@ -122,23 +132,32 @@ def search_stage(workspace: Workspace, setup: Setup, path: SolutionPath | None) 
     how = setup.recipe.search.model_dump(mode="json")
     given = None if path is None else path.content_sha256()
 
-    def work(directory: Path) -> None:
-        (path or stages.find_path(setup)).save(directory / PATH)
+    saved = workspace.saved("path")
 
-    return workspace.stage("path", {**setup.identity, "search": how, "given": given}, work)
+    def work(directory: Path) -> None:
+        (path or stages.find_path(setup, saved)).save(directory / PATH)
+
+    done = workspace.stage("path", {**setup.identity, "search": how, "given": given}, work, together=True)
+    workspace.forget(saved)
+    return done
 
 
 def moments_stage(workspace: Workspace, setup: Setup) -> Stage | None:
     """`moments.safetensors`, unless the recipe does without a refit."""
-    from deploy_prune.refitting import save_moments
-
     how = setup.recipe.refit
     if not how.enabled:
         return None
     inputs = {**setup.identity, "examples": how.examples, "batch_size": how.batch_size}
-    return workspace.stage(
-        "moments", inputs, lambda directory: save_moments(stages.moments_of(setup), directory / MOMENTS)
-    )
+    saved = workspace.saved("moments") / fingerprint(inputs)
+
+    def work(directory: Path) -> None:
+        stages.moments_to(setup, saved)
+        if distributed.is_main():
+            saved.rename(directory / MOMENTS)
+
+    done = workspace.stage("moments", inputs, work, together=True)
+    workspace.forget(saved.parent)
+    return done
 
 
 def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
@@ -157,9 +176,9 @@ def member_stages(
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import load_moments
 
-    path = SolutionPath.load(searched.directory / PATH)
+    path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
     plans = checked_plans(setup, path)
-    unread = stages.unread_bytes(setup, read_json(dense.directory / FACTS)["export"])
+    unread = stages.unread_bytes(setup, distributed.from_main(lambda: read_json(dense.directory / FACTS))["export"])
     loaded = None
     done = {}
     for name, plan in plans.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune import distributed
 from deploy_prune.errors import UsageError, did_you_mean
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recipe import Recipe
@@ -141,7 +142,8 @@ def choose_device(asked: str) -> torch.device:
         )
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
+    own = distributed.device()
+    return own if own is not None and own.type == asked else torch.device(asked)
 
 
 def versions() -> dict[str, str]:

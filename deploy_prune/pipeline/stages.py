@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import ParityError
 from deploy_prune.pipeline.setup import Setup
+from deploy_prune.pipeline.workspace import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from bench.report import LatencyReport
     from deploy_prune.basis import Basis
+    from deploy_prune.methods.compute import Compute
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
     from deploy_prune.refitting import Moments
@@ -47,12 +49,15 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-def find_path(setup: Setup) -> SolutionPath:
-    """Search the model once. The path remembers the task, so that members can be cut from the file alone."""
+def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
+    """Search the model once; all processes of the run take part. The path remembers the task, so that members can be
+    cut from the file alone. The search goes on from what an earlier one left in the directory `saved`."""
     from deploy_prune.methods import search
+    from deploy_prune.saved_state import SavedState
 
     recipe, how = setup.recipe, setup.recipe.search
-    model = setup.model.to(setup.device)
+    compute = compute_of(setup)
+    model = setup.model if compute.shard else setup.model.to(setup.device)
     try:
         path = search(
             model,
@@ -66,11 +71,28 @@ def find_path(setup: Setup) -> SolutionPath:
             seed=recipe.seed,
             model_name=recipe.portable()["model"],
             progress=setup.progress,
+            compute=compute,
+            saved=SavedState(saved, search_fingerprint(setup), recipe.compute.checkpoint_minutes),
             **how.options,
         )
     finally:
         model.cpu()
     return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"]})
+
+
+def compute_of(setup: Setup) -> Compute:
+    """How the work is cut up and shared out, by the recipe or by `accelerate launch --use_fsdp`."""
+    from deploy_prune import distributed
+    from deploy_prune.methods.compute import Compute
+
+    how = setup.recipe.compute
+    shard = how.shard or distributed.sharded_by_launcher()
+    return Compute(how.micro_batch, how.activation_checkpointing, shard, how.memory_gb)
+
+
+def search_fingerprint(setup: Setup) -> str:
+    """What tells one search from any other: all that its path depends on, but for rounding."""
+    return fingerprint({**setup.identity, "search": setup.recipe.search.model_dump(mode="json")})
 
 
 def moments_of(setup: Setup) -> Moments:
@@ -91,6 +113,33 @@ def moments_of(setup: Setup) -> Moments:
         )
     finally:
         setup.progress.finish()
+        model.cpu()
+
+
+def moments_to(setup: Setup, directory: Path) -> None:
+    """As `moments_of`, but written to `directory`, a few sites at a time if all do not fit into memory, and by all
+    processes of the run. Sites that an earlier call left there whole are not done again."""
+    from deploy_prune.methods import placed
+    from deploy_prune.methods.compute import GIB
+    from deploy_prune.moment_groups import collect_to
+
+    how, task, compute = setup.recipe.refit, setup.task, compute_of(setup)
+    limit = min(how.examples or task.calibration_size, task.calibration_size)
+    order = task.calibration_order(task.calibration_items(limit), how.batch_size, setup.recipe.seed)
+    model = setup.model if compute.shard else setup.model.to(setup.device)
+    try:
+        with placed(model, setup.sites, compute) as ready:
+            collect_to(
+                directory,
+                ready,
+                setup.sites,
+                task,
+                order,
+                limit=setup.recipe.compute.memory_gb * GIB,
+                compute=compute,
+                progress=setup.progress,
+            )
+    finally:
         model.cpu()
 
 

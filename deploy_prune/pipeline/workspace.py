@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy_prune import distributed
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 from deploy_prune.files import TEMPORARY, atomic_dir, read_json, remove_partial, sha256_file, write_json
 
@@ -27,6 +28,7 @@ Mode = Literal["new", "resume", "fresh"]
 _MARKER = "workspace.json"  # what says that a directory is a workspace of ours, and may be deleted
 _RECORD = "stage.json"
 _LOCK = "lock"
+SAVED = ".saved"  # ending of the directory of a stage that is not whole yet
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,51 @@ class Workspace:
         """Wall-clock seconds of every stage so far; of a reused one, what it took when it was made."""
         return {stage.name: stage.seconds for stage in self.stages}
 
-    def stage(self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], None]) -> Stage:
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], None], *, together: bool = False
+    ) -> Stage:
         """The stage `name` made from `inputs`: an earlier whole one, or what `work(directory)` now writes.
 
-        `inputs` is JSON data holding all that the result depends on, fingerprints of earlier stages included.
+        `inputs` is JSON data holding all that the result depends on, fingerprints of earlier stages included. The main
+        process of the run does the work; if the work is done `together`, so do the others, whose files are dropped.
         """
         wanted = fingerprint({"stage": name, "inputs": inputs})
         directory = self.directory / name
-        done = self._whole(name, directory, wanted)
+        done = distributed.from_main(lambda: self._whole(name, directory, wanted))
         if done is not None:
             self.note(f"{name}: whole from an earlier run")
         else:
             self.note(f"{name} ...")
-            started = time.monotonic()
-            with atomic_dir(directory) as temporary:
-                work(temporary)
-                seconds = time.monotonic() - started
-                record = {"fingerprint": wanted, "seconds": seconds, "files": _files(temporary)}
-                write_json(temporary / _RECORD, record)
-            done = Stage(name, directory, wanted, seconds, reused=False)
+            if together and not distributed.is_main():
+                with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
+                    work(Path(scratch))
+            done = distributed.from_main(lambda: self._make(name, directory, wanted, work))
         self.stages.append(done)
         return done
 
+    def saved(self, name: str) -> Path:
+        """Where the work on a stage keeps what it has reached, for a killed run to go on from."""
+        return self.directory / (name + SAVED)
+
+    def forget(self, saved: Path) -> None:
+        """Delete what the work on a stage kept: the stage is whole."""
+        if distributed.is_main():
+            shutil.rmtree(saved, ignore_errors=True)
+
     def finish(self, stage: Stage) -> None:
         """Make `stage`'s directory the output, replacing an earlier output of ours, and delete the workspace."""
+        distributed.from_main(lambda: self._finish(stage))
+
+    def _make(self, name: str, directory: Path, wanted: str, work: Callable[[Path], None]) -> Stage:
+        started = time.monotonic()
+        with atomic_dir(directory) as temporary:
+            work(temporary)
+            seconds = time.monotonic() - started
+            record = {"fingerprint": wanted, "seconds": seconds, "files": _files(temporary)}
+            write_json(temporary / _RECORD, record)
+        return Stage(name, directory, wanted, seconds, reused=False)
+
+    def _finish(self, stage: Stage) -> None:
         (stage.directory / _RECORD).unlink()
         if self.out.exists():
             os.rename(self.out, Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.directory)) / "old")
@@ -110,7 +133,36 @@ def open_workspace(
     cannot be written.
     """
     directory = work_directory(out)
-    refuse_foreign(out, directory, mode, is_output)
+    lock = distributed.from_main(lambda: _occupy(out, directory, mode, is_output))
+    try:
+        yield Workspace(out, directory, note)
+    finally:
+        if distributed.is_main():
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def search_workspace(path: Path, mode: Mode) -> Iterator[Path]:
+    """Where the search for the file `path` keeps what it has reached, `PATH.work/path.saved`; deleted when it is done,
+    or has reached nothing. Raises as `open_workspace`.
+    """
+    directory = work_directory(path)
+    lock = distributed.from_main(lambda: _occupy(path, directory, mode, lambda _: True, replace=True))
+    saved = directory / ("path" + SAVED)
+    done = False
+    try:
+        yield saved
+        done = True
+    finally:
+        if distributed.is_main():
+            if done or not saved.exists():
+                shutil.rmtree(directory)
+            os.close(lock)
+
+
+def _occupy(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool], *, replace: bool = False) -> int:
+    """Make the workspace this run's own; returns the lock, an open file."""
+    refuse_foreign(out, directory, mode, is_output, replace=replace)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -122,23 +174,24 @@ def open_workspace(
             remedy="Choose another directory with --out.",
         ) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UnavailableError(
-                "another run is writing this output",
-                where=str(directory),
-                remedy="Wait for it, or choose another directory with --out.",
-            ) from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_json(directory / _MARKER, {"_type": "deploy-prune workspace", "_version": 1, "out": out.name})
         remove_partial(directory)
         if mode == "fresh":
             for child in directory.iterdir():
                 if child.is_dir():
                     shutil.rmtree(child)
-        yield Workspace(out, directory, note)
-    finally:
+    except BlockingIOError as error:
         os.close(lock)
+        raise UnavailableError(
+            "another run is writing this output",
+            where=str(directory),
+            remedy="Wait for it, or choose another directory with --out.",
+        ) from error
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def discard(directory: Path) -> None:
@@ -177,9 +230,11 @@ def work_directory(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool]) -> None:
+def refuse_foreign(
+    out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], bool], *, replace: bool = False
+) -> None:
     """Raise UsageError when the output, or its work directory, holds what this project did not write, or may not
-    replace in this `mode`."""
+    replace in this `mode`; with `replace` an earlier output may be replaced in any."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_output(out):
             what = "a directory with other files" if out.is_dir() else "a file"
@@ -190,7 +245,7 @@ def refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[
                 got=what,
                 remedy="Choose another directory with --out; nothing was touched.",
             )
-        if mode == "new":
+        if mode == "new" and not replace:
             raise UsageError(
                 "the output exists already",
                 where=str(out),
@@ -209,11 +264,12 @@ def refuse_foreign(out: Path, directory: Path, mode: Mode, is_output: Callable[[
             remedy="Choose another directory with --out; nothing was touched.",
         )
     whole = sorted(record.parent.name for record in directory.glob(f"*/{_RECORD}"))
-    if mode == "new" and whole:
+    begun = sorted(saved.name.removesuffix(SAVED) for saved in directory.glob(f"*{SAVED}"))
+    if mode == "new" and (whole or begun):
         raise UsageError(
             "an earlier run was not finished",
             where=str(directory),
-            got=f"whole stages: {', '.join(whole)}",
+            got=f"whole stages: {', '.join(whole) or 'none'}; begun: {', '.join(begun) or 'none'}",
             remedy="--resume goes on from them, --fresh starts again.",
         )
 

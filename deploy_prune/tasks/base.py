@@ -47,6 +47,10 @@ class Batch:
         return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, target, self.items)
 
 
+class IdleBatch(Batch):
+    """Run to keep step with other processes that share the model's weights; nothing of it counts."""
+
+
 class Task(ABC):
     """What good means: `calibration()` and `evaluation()` batches, `loss`, `distance`, `evaluate`.
 

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from deploy_prune import distributed
+from deploy_prune.blocks import whole
 from deploy_prune.errors import ArtifactError, DataError, PlanError
 from deploy_prune.layers import bias_of, layer_at, matrix
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.tasks.base import IdleBatch
 from deploy_prune.units import Site, Slice, UnitKind, unit_key
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ def principal_basis(
     signature: Signature,
     *,
     progress: Progress = SILENT,
+    together: bool = False,
 ) -> dict[str, Tensor]:
     """The basis in which the first dimensions of every head are the best low-rank form of it (A³, arXiv 2505.12942).
 
@@ -49,14 +53,19 @@ def principal_basis(
         vo:  C^½ W_Oᵀ W_O C^½ = U S Uᵀ,   rows of UᵀC^-½, scaled to length 1
         qk:  C_q^½ C_k^½ = U S Vᵀ,        rows of S^½ Uᵀ C_q^-½
     Largest first. Rotary embedding turns fixed pairs of dimensions, so those sites keep their own qk basis. Padding is
-    left out. Memory: one (d, d) float64 matrix per head and role. Raises DataError without calibration data.
+    left out. `together`: every process of the run streams its share, and all get the basis of the whole. Memory: one
+    (d, d) float64 matrix per head and role. Raises DataError without calibration data.
     """
     seen = _watch(model, sites, batches, signature, progress)
+    if together:
+        _reduce(seen)
+    if any(not moments.count for moments in seen.values()):
+        raise DataError("no calibration data for the basis", remedy="Give the task calibration data.")
     basis: dict[str, Tensor] = {}
     for site in sites:
         if UnitKind.VO in site.counts:
             own = site.slices[UnitKind.VO][1]
-            W = matrix(layer_at(model, site.out)).double()
+            W = whole(matrix(layer_at(model, site.out))).double()
             columns = W[:, _lanes(site, UnitKind.VO, own).to(W.device)]  # (out, heads, d, group)
             G = torch.einsum("ohdg,oheg->hde", columns, columns)
             root, inverse = _roots(seen[site.name, "vo"].second())
@@ -214,6 +223,8 @@ def _watch(
                 lanes = _lanes(site, kind, s).to(device)
 
                 def see(x: Tensor, moments: _HeadMoments = moments, lanes: Tensor = lanes) -> None:
+                    if watch.idle:
+                        return
                     moments.add(watch.tokens(x.detach())[:, lanes])
 
                 layer = layer_at(model, s.layer)
@@ -226,8 +237,16 @@ def _watch(
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
             watch.attend(signature, inputs)
+            watch.idle = isinstance(batch, IdleBatch)
             signature.call(model, inputs)
             progress.advance(len(batch))
-    if any(not moments.count for moments in seen.values()):
-        raise DataError("no calibration data for the basis", remedy="Give the task calibration data.")
     return seen
+
+
+def _reduce(seen: dict[tuple[str, str], _HeadMoments]) -> None:
+    """Sums over all processes."""
+    for _, moments in sorted(seen.items()):
+        sums = {"first": moments.first, "outer": moments.outer} if moments.count else {}
+        moments.count = sum(distributed.all_gather(moments.count))
+        total = distributed.reduce(sums)
+        moments.first, moments.outer = total["first"], total["outer"]

@@ -6,21 +6,20 @@ A site whose output projection reads d features takes d² float64 numbers, three
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy_prune import distributed
 from deploy_prune.layers import layer_at, width
-from deploy_prune.methods.compute import Compute, parts
+from deploy_prune.methods.compute import Compute, share
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.refitting import collect_moments, load_moments, save_moments
-from deploy_prune.tasks.base import IdleBatch
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deploy_prune.tasks.base import Batch, Task
+    from deploy_prune.tasks.base import Task
     from deploy_prune.units import Site
 
 MATRICES = 3  # of d x d float64 that a site takes at the most: the sum, the result and what is reduced
@@ -70,21 +69,9 @@ def collect_to(
             if all(site.name in done for site in group):
                 progress.advance(len(order))
                 continue
-            batches = _share(task, order, compute, progress)
+            batches = share(task, order, compute, progress)
             moments = collect_moments(model, group, batches, task.signature, together=distributed.count() > 1)
             file = directory / f"{group[0].name}.safetensors"
             distributed.from_main(lambda moments=moments, file=file: save_moments(moments, file))  # type: ignore[misc]
     finally:
         progress.finish()
-
-
-def _share(task: Task, order: Sequence[Sequence[int]], compute: Compute, progress: Progress) -> Iterator[Batch]:
-    """This process's pieces of all batches."""
-    pieces = [(number, part) for number, batch in enumerate(order) for part in parts(batch, compute)]
-    read = task.calibration_batches([part.items for _, part in pieces])
-    done = 0
-    for (number, part), batch in zip(pieces, read, strict=True):
-        progress.advance(number - done)
-        done = number
-        yield batch if part.counts else IdleBatch(batch.inputs)
-    progress.advance(len(order) - done)

@@ -24,11 +24,11 @@ def run_processes(count: int, work: Callable[..., Any], directory: Path, *argume
 
 
 def assert_same_path(path: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Rounding may let two units change places whose times of entry differ in the last digits."""
+    """Rounding may let two units change places whose importance differs in the last digits."""
     assert path.keys() == expected.keys()
     found, wanted = (np.concatenate([scores[key].ravel() for key in expected]) for scores in (path, expected))
     assert kendalltau(found, wanted).statistic > 0.999
-    assert (np.abs(found - wanted) < 1e-3).mean() > 0.99
+    assert (np.abs(found - wanted) < 1e-2).mean() > 0.99
 
 
 def _process(

@@ -60,6 +60,7 @@ def everything(directory: Path) -> dict[str, Any]:
         "spp": found("spp", Compute(), steps=12),
         "fisher": found("fisher", Compute()),
         "spp sharded": found("spp", Compute(shard=True, micro_batch=3, activation_checkpointing=True), steps=12),
+        "fisher principal": found("fisher", Compute(shard=True, micro_batch=5), basis="principal"),
         "magnitude sharded": found("magnitude", Compute(shard=True)),
     }
     own = {"both": torch.full((2,), 1.0 + distributed.index()), f"only {distributed.index()}": torch.ones(1)}
@@ -95,6 +96,7 @@ def test_two_processes_find_the_path_of_one(two: list[dict[str, Any]], method: s
 def test_sharded_weights_in_small_pieces_find_the_same_path(two: list[dict[str, Any]]) -> None:
     assert_same_path(two[0]["spp sharded"], found("spp", Compute(), steps=12))
     assert_same_path(two[0]["magnitude sharded"], found("magnitude", Compute()))
+    assert_same_path(two[0]["fisher principal"], found("fisher", Compute(), basis="principal"))
 
 
 @pytest.mark.parametrize("how", ["moments", "moments sharded"])

@@ -51,8 +51,11 @@ class StopAt:
 
 def find(digits: tuple[Any, Any], method: str, **how: Any) -> Any:
     model, task = digits
+    method, _, basis = method.partition(" ")
     options = {"steps": STEPS} if method == "spp" else {}
-    return search(model, task, method, examples=64, batch_size=16, precision="fp32", **options, **how)
+    return search(
+        model, task, method, basis=basis or None, examples=64, batch_size=16, precision="fp32", **options, **how
+    )
 
 
 def saved(directory: Path, identity: str = "this search") -> SavedState:
@@ -68,6 +71,7 @@ def saved(directory: Path, identity: str = "this search") -> SavedState:
         ("spp", "spp: search", 9),
         ("fisher", "fisher", 2),
         ("taylor", "taylor", 3),
+        ("fisher principal", "fisher", 2),
     ],
 )
 def test_an_interrupted_search_ends_in_the_same_bytes(
@@ -80,7 +84,9 @@ def test_an_interrupted_search_ends_in_the_same_bytes(
     find(digits, method, saved=saved(tmp_path / "work"), progress=rest).save(tmp_path / "resumed.safetensors")
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "resumed.safetensors").read_bytes()
     files = {path.name for path in (tmp_path / "work").iterdir()}
-    assert len(files) == (3 if method == "spp" else 1) and not any(name.startswith(".partial") for name in files)
+    assert len(files) == {"spp": 3, "fisher principal": 2}.get(method, 1) and not any(
+        name.startswith(".partial") for name in files
+    )
 
 
 def test_a_resumed_search_does_not_do_again_what_was_saved(digits: tuple[Any, Any], tmp_path: Path) -> None:

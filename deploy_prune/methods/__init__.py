@@ -16,7 +16,7 @@ from deploy_prune.budget import CostModel
 from deploy_prune.errors import UsageError, did_you_mean
 from deploy_prune.methods.base import BasisName, Context, Method, Precision
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
-from deploy_prune.methods.compute import Compute
+from deploy_prune.methods.compute import Compute, share
 from deploy_prune.methods.spp import SppOptions, spp
 from deploy_prune.path import Allocation, SolutionPath
 from deploy_prune.progress import SILENT, Progress
@@ -109,7 +109,13 @@ def search(
         costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
         rows = None
         if (basis or entry.basis) == "principal":
-            rows = _principal(model, sites, task, examples, batch_size, seed, progress or SILENT)
+            with placed(model, sites, compute) as ready:
+                order = task.calibration_order(
+                    task.calibration_items(min(examples or task.calibration_size, task.calibration_size)),
+                    batch_size,
+                    seed,
+                )
+                rows = _principal(ready, sites, task, order, compute, saved or SavedState(), progress or SILENT)
             model = in_basis(model, sites, rows)
         torch.manual_seed(seed)
         with placed(model, sites, compute) as ready:
@@ -173,18 +179,24 @@ def _principal(
     model: nn.Module,
     sites: tuple[Site, ...],
     task: Task,
-    examples: int | None,
-    batch_size: int,
-    seed: int,
+    order: list[list[int]],
+    compute: Compute,
+    saved: SavedState,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    limit = min(examples or task.calibration_size, task.calibration_size)
-    progress.start(limit, "principal basis")
+    """The principal basis over all processes, or as an earlier search saved it."""
+    label = "principal basis"
+    if (state := saved.load(label)) is not None:
+        return state.tensors
+    progress.start(len(order), label)
     try:
-        batches = task.calibration(batch_size, limit=limit, seed=seed)
-        return principal_basis(model, sites, batches, task.signature, progress=progress)
+        batches = share(task, order, compute, progress)
+        rows = principal_basis(model, sites, batches, task.signature, together=distributed.count() > 1)
     finally:
         progress.finish()
+    rows = distributed.broadcast(rows)
+    saved.save(label, rows, {})
+    return rows
 
 
 def _name(model: nn.Module) -> str:

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deploy_prune import distributed
+from deploy_prune.progress import SILENT, Progress
+from deploy_prune.tasks.base import Batch, IdleBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from deploy_prune.tasks.base import Task
 
 GIB = 2**30
 
@@ -54,6 +58,18 @@ def parts(batch: Sequence[int], compute: Compute) -> Iterator[Part]:
             yield Part(items, True)
         elif compute.shard:
             yield Part(tuple(batch[:1]), False)
+
+
+def share(task: Task, order: Sequence[Sequence[int]], compute: Compute, progress: Progress = SILENT) -> Iterator[Batch]:
+    """This process's pieces of the global batches `order`; `progress` is told of whole batches."""
+    pieces = [(number, part) for number, batch in enumerate(order) for part in parts(batch, compute)]
+    read = task.calibration_batches([part.items for _, part in pieces])
+    done = 0
+    for (number, part), batch in zip(pieces, read, strict=True):
+        progress.advance(number - done)
+        done = number
+        yield batch if part.counts else IdleBatch(batch.inputs)
+    progress.advance(len(order) - done)
 
 
 class Kept:

@@ -69,6 +69,7 @@ def saved(directory: Path, identity: str = "this search") -> SavedState:
         ("spp", "spp: curvature", 3),
         ("spp", "spp: search", 1),
         ("spp", "spp: search", 9),
+        ("spp", "spp: search", 15),
         ("fisher", "fisher", 2),
         ("taylor", "taylor", 3),
         ("fisher principal", "fisher", 2),

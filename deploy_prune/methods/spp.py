@@ -136,19 +136,21 @@ class SppSearch:
         try:
             progress.advance(min(self.lbi.steps, options.steps))
             for index in self._order(most)[self.lbi.steps :]:
+                if self._settled():
+                    break
                 rise = self.step(self.batches[index])
                 if saved.due():
                     saved.save("spp: search", self.lbi.tensors(), {"steps": self.lbi.steps, "price": self.price})
-                entered = self.lbi.entered()
-                progress.advance(note=f"rise {rise:.3f}, {entered:.0%} entered")
-                if entered == 1:  # every time of entry is known: further steps say nothing
-                    break
-                if self.lbi.steps >= options.steps and entered >= options.resolved:
-                    break
+                progress.advance(note=f"rise {rise:.3f}, {self.lbi.entered():.0%} entered")
         finally:
             progress.finish()
         self._judge_resolution()
         return self.importance()
+
+    def _settled(self) -> bool:
+        """Whether further steps say nothing, as every time of entry is known, or enough are after all of the steps."""
+        entered = self.lbi.entered()
+        return entered == 1 or (self.lbi.steps >= self.options.steps and entered >= self.options.resolved)
 
     def _judge_resolution(self) -> None:
         """Say how far the path is resolved: a unit that has not entered is ordered by how fast it was coming."""

@@ -72,6 +72,10 @@ class RefitError(UsageError):
     """The closed-form correction has no stable solution with the given data and ridge."""
 
 
+class RecoveryError(UsageError):
+    """Training after the cut diverged."""
+
+
 class ParityError(DeployPruneError):
     """Two forms of a model that must agree do not."""
 

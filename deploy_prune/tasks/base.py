@@ -7,7 +7,7 @@ the reported figure sees.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -153,7 +153,7 @@ class Task(ABC):
         limit: int | None = None,
         progress: Progress | None = None,
         reference: Predict | np.ndarray | None = None,
-        batches: Sequence[Batch] | None = None,
+        batches: Iterable[Batch] | None = None,
     ) -> Quality:
         """The metric of whatever computes `predict(inputs) -> output`: torch on any device, or another runtime.
 

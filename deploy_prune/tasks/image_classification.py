@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import UnsupportedModelError
@@ -80,6 +80,10 @@ class ImageClassification(Classification):
     def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
         return self._calibration.stream(order)
 
+    def changed_batch(self, items: Sequence[int], change: Callable[[Any, int], Tensor]) -> Batch:
+        """The batch of calibration `items` whose pixels are what `change(PIL image, item)` makes of each."""
+        return self._calibration.changed(items, change)
+
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         self._evaluation_examples()
         assert self._evaluation is not None
@@ -108,11 +112,19 @@ class _Split:
         self._labels = class_indices(examples, classes, None, metric)
 
     def stream(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        for batch, pixels in zip(batches, self._images.stream(batches), strict=True):
+            yield Batch({"pixel_values": pixels}, self._target(batch))
+
+    def changed(self, indices: Sequence[int], change: Callable[[Any, int], Tensor]) -> Batch:
         import torch
 
-        for batch, pixels in zip(batches, self._images.stream(batches), strict=True):
-            target = None if self._labels is None else torch.tensor([self._labels[i] for i in batch])
-            yield Batch({"pixel_values": pixels}, target)
+        pixels = torch.stack([change(self._images.picture(index), index) for index in indices])
+        return Batch({"pixel_values": pixels}, self._target(indices))
+
+    def _target(self, indices: Sequence[int]) -> Tensor | None:
+        import torch
+
+        return None if self._labels is None else torch.tensor([self._labels[i] for i in indices])
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -138,16 +138,40 @@ class PreparedImages:
             self._kept[index] = tensor
             self._free -= size
 
+    def picture(self, index: int) -> Any:
+        """The PIL image of one row, not resized. Raises DataError for float arrays, which are no pictures."""
+        from PIL import Image
+
+        image = self._picture_or_values(index)
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                "float arrays cannot be cropped, mirrored or otherwise changed",
+                where=f"{self._where}, row {index}",
+                expected="pictures, or uint8 arrays",
+                remedy="Leave out recover.crop, flip, randaugment and erasing; mixup and cutmix work.",
+            )
+        return image
+
     def _prepare(self, index: int) -> Tensor:
         import numpy as np
         import torch
+        from PIL import Image
+
+        image = self._picture_or_values(index)
+        if not isinstance(image, Image.Image):
+            return self._values(image, index)
+        return torch.from_numpy(np.ascontiguousarray(self._transform(image)))
+
+    def _picture_or_values(self, index: int) -> Any:
+        """A PIL image in the model's mode, or a float array."""
+        import numpy as np
         from PIL import Image
 
         image = self._images[index]
         if isinstance(image, (np.ndarray, list)):
             array = np.asarray(image)
             if np.issubdtype(array.dtype, np.floating):
-                return self._values(array, index)
+                return array
             if array.dtype != np.uint8 or array.ndim not in (2, 3):
                 raise DataError(
                     "not an image array",
@@ -164,7 +188,7 @@ class PreparedImages:
                 remedy="Map the column that holds image bytes with ?image=COLUMN.",
             )
         mode = "L" if self._preparation.size[0] == 1 else "RGB"
-        return torch.from_numpy(np.ascontiguousarray(self._transform(image.convert(mode))))
+        return image.convert(mode)
 
     def _values(self, array: Any, index: int) -> Tensor:
         import numpy as np

@@ -1,0 +1,36 @@
+"""Low-rank adapters (arXiv 2106.09685): trained beside frozen weights, then merged, so that nothing of them ships."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def add_adapters(model: nn.Module, layers: Sequence[str], rank: int, alpha: float) -> None:
+    """Freeze `model` and put an adapter, in place, beside every linear layer inside the named modules."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    names = [name for name in linear if any(f"{name}.".startswith(f"{layer}.") for layer in layers)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="|".join(map(re.escape, names)),
+        fan_in_fan_out=any(type(linear[name]) is Conv1D for name in names),  # GPT-2 stores (in, out)
+    )
+    model.requires_grad_(False)
+    inject_adapter_in_model(config, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every adapter to the weights it stands beside, and take it out, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        layer.merge(safe_merge=True)
+        model.set_submodule(name, layer.get_base_layer())

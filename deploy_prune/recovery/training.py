@@ -1,0 +1,249 @@
+"""The loop of one recovery: step after step, judged and saved on the way."""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploy_prune.adapters import find_sites
+from deploy_prune.architecture import weights_sha256
+from deploy_prune.errors import RecoveryError
+from deploy_prune.progress import Progress
+from deploy_prune.recovery.ema import Ema
+from deploy_prune.recovery.feed import Feed, split
+from deploy_prune.recovery.hidden import layers_of
+from deploy_prune.recovery.judging import Judge
+from deploy_prune.recovery.lora import add_adapters, merge_adapters
+from deploy_prune.recovery.objective import Objective
+from deploy_prune.recovery.options import RecoverOptions
+from deploy_prune.recovery.pair import Called, Pair
+from deploy_prune.recovery.regularise import soften
+from deploy_prune.recovery.schedule import decay_groups, rate_at
+from deploy_prune.recovery.state import Mark, Standing, full, load_state, load_tensors, save_state, state_tensors
+from deploy_prune.tasks.base import AGREEMENT
+
+if TYPE_CHECKING:
+    from deploy_prune.tasks.base import Batch, Task
+
+_SHOWN = 20  # last losses whose mean is shown
+
+
+class Training:
+    """One recovery: made, run once, asked for its best model. `given` is never changed."""
+
+    def __init__(
+        self,
+        given: nn.Module,
+        task: Task,
+        teacher: nn.Module | None,
+        options: RecoverOptions,
+        seed: int,
+        state: Path | None,
+        progress: Progress,
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        device = next(given.parameters()).device
+        unread = DistributedDataParallelKwargs(find_unused_parameters=True)  # a pooler that no output reads
+        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unread])
+        device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.given, self.task, self.options, self.seed, self.progress = given, task, options, seed, progress
+        train, self.held_out = split(task, options)
+        self.feed = Feed(task, train, options, seed, rank, world)
+        labeled = next(iter(task.calibration_batches([self.held_out[:1]]))).target is not None
+        self.objective = Objective(task, options, labeled=labeled, taught=teacher is not None)
+        taught = teacher if self.objective.needs_teacher or task.metric == AGREEMENT else None
+        sites = find_sites(given)
+        self.layers = layers_of(given, find_sites(teacher) if teacher is not None else sites)
+
+        torch.manual_seed(seed)  # adapters start from random numbers
+        student = self._learner()
+        optimizer = torch.optim.AdamW(decay_groups(student, options.weight_decay), lr=options.rate, fused=True)
+        called, self.optimizer = self.accelerator.prepare(Called(student, task.signature), optimizer)
+        self.called = called
+        self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.ema = None if options.ema is None else Ema(self.parameters, options.ema)
+        self.pair = Pair(
+            student,
+            called,
+            taught,
+            task.signature,
+            sites=sites,
+            layers=self.layers,
+            device=device,
+            bf16=chosen_precision(options.precision, device) == "bf16",
+            hidden=bool(self.objective.w_hidden),
+            drop_path=options.drop_path,
+            recompute=options.checkpoint_activations,
+        )
+        self.judge = Judge(task, self.held_out, None if taught is None else lambda inputs: self.pair.dense(inputs)[0])
+        self.standing, self.path = Standing(), state
+        self.best_weights: dict[str, Tensor] | None = None  # None: the start is the best
+        self.identity = {
+            "weights": weights_sha256(given),
+            "teacher": None if teacher is None else weights_sha256(teacher),
+            "options": options.model_dump(mode="json", exclude={"checkpoint_minutes", "workers"}),
+            "task": task.describe(),
+            "items": len(train),
+            "seed": seed,
+            "processes": world,
+            "torch": torch.__version__,
+        }
+
+    def run(self) -> None:
+        """All steps that are left, from the saved state where there is one."""
+        with self.pair:
+            if self.path is not None and self.path.exists():
+                self._load()
+            else:
+                self.standing.marks.append(self._mark())
+            steps, standing = self.feed.steps, self.standing
+            every = max(1, round(steps / self.options.evaluations))
+            self.progress.start(steps, "recover")
+            try:
+                self.progress.advance(standing.step, self._note())
+                begun = saved = time.monotonic()
+                earlier = standing.seconds
+                for step, parts in zip(range(standing.step, steps), self.feed.batches(standing.step), strict=False):
+                    if self._patience_is_out():
+                        break
+                    standing.losses = [*standing.losses, self._step(step, parts)][-_SHOWN:]
+                    standing.step = step + 1
+                    if standing.step % every == 0 or standing.step == steps:
+                        self._judge()
+                    standing.seconds = earlier + time.monotonic() - begun
+                    self.progress.advance(1, self._note())
+                    if self._shared(time.monotonic() - saved >= 60 * self.options.checkpoint_minutes):
+                        self._save()
+                        saved = time.monotonic()
+            finally:
+                self.progress.finish()
+
+    def best(self) -> nn.Module:
+        """The best candidate, in the shape and place of the given model."""
+        model = copy.deepcopy(self.given)
+        if self.best_weights is not None:
+            if self.options.method == "lora":
+                self._adapt(model)
+            own = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, value in self.best_weights.items():
+                    own[name].copy_(value)
+            if self.options.method == "lora":
+                merge_adapters(model)
+        for parameter, like in zip(model.parameters(), self.given.parameters(), strict=True):
+            parameter.requires_grad_(like.requires_grad)
+        return model.train(self.given.training)
+
+    def _step(self, step: int, parts: list[Batch]) -> float:
+        """One optimiser step; returns the mean loss of its parts. All chance follows from seed, step and process."""
+        options, rank = self.options, self.accelerator.process_index
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, rank]).generate_state(1)[0]))
+        total = 0.0
+        for number, part in enumerate(parts):
+            random = np.random.default_rng([self.seed, step, rank, number])
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.called):
+                loss = self._loss(part.to(self.accelerator.device), random)
+                self.accelerator.backward(loss / len(parts))
+            total += float(loss.detach()) / len(parts)
+        if not np.isfinite(total):
+            raise RecoveryError(
+                f"the loss is not finite at step {step + 1}",
+                where=self.task.name,
+                got=str(total),
+                remedy="Lower recover.lr, or use recover.precision fp32.",
+            )
+        self.accelerator.clip_grad_norm_(self.parameters.values(), options.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.rate * rate_at(step, self.feed.steps, options.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.parameters, step + 1)
+        return total
+
+    def _loss(self, batch: Batch, random: np.random.Generator) -> Tensor:
+        if self.options.softens_labels:
+            batch = soften(batch, self.options, int(self.task.signature.output.shape[-1]), random)
+        dense, dense_states = self.pair.dense(batch.inputs) if self.objective.needs_teacher else (None, [])
+        output, states = self.pair.own(batch.inputs, training=True)
+        mask = next((batch.inputs[s.name] for s in self.task.signature.inputs if s.role == "mask"), None)
+        return self.objective(output, batch, dense, states, dense_states, mask)
+
+    def _judge(self) -> None:
+        """Judge the present weights (their mean, when there is one) and keep them when no earlier ones are as good."""
+        standing = self.standing
+        with nullcontext() if self.ema is None else self.ema.in_place_of(self.parameters):
+            standing.marks.append(self._mark())
+            standing.since += 1
+            if standing.marks[-1].beats(standing.marks[standing.best], self.task.higher_is_better):
+                standing.best, standing.since = len(standing.marks) - 1, 0
+                self.best_weights = {n: full(p).detach().cpu().clone() for n, p in self.parameters.items()}
+
+    def _mark(self) -> Mark:
+        """The main process's mark of the present weights; every process takes part."""
+        mark: Mark = self._shared(self.judge.mark(self.standing.step, lambda inputs: self.pair.own(inputs)[0]))
+        return mark
+
+    def _learner(self) -> nn.Module:
+        """What is trained: in eval mode, so that no dropout of the library's disturbs the distillation."""
+        student = copy.deepcopy(self.given).eval()
+        if self.options.method == "lora":
+            self._adapt(student)
+        else:
+            student.requires_grad_(True)
+        return student
+
+    def _adapt(self, model: nn.Module) -> None:
+        alpha = self.options.alpha if self.options.alpha is not None else 2.0 * self.options.rank
+        add_adapters(model, self.layers, self.options.rank, alpha)
+
+    def _patience_is_out(self) -> bool:
+        return self.options.patience is not None and self.standing.since >= self.options.patience
+
+    def _note(self) -> str:
+        best = self.standing.marks[self.standing.best]
+        mean = f"loss {np.mean(self.standing.losses):.3g}, " if self.standing.losses else ""
+        return f"{mean}best {self.task.metric} {best.value:.4g} at step {best.step}"
+
+    def _load(self) -> None:
+        assert self.path is not None
+        tensors, self.standing = load_state(self.path, self.identity)
+        mean = None if self.ema is None else self.ema.mean
+        self.best_weights = load_tensors(tensors, self.parameters, self._inner_optimizer(), mean)
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        mean = None if self.ema is None else self.ema.mean
+        tensors = state_tensors(self.parameters, self._inner_optimizer(), mean, self.best_weights)
+        if self.accelerator.is_main_process:
+            save_state(self.path, tensors, self.standing, self.identity)
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.optimizer.optimizer
+        return inner
+
+    def _shared(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.accelerator.num_processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """bf16 or fp32; "auto" is bf16 where the hardware has instructions for it (`torch.cpu` tells only by this name)."""
+    if asked != "auto":
+        return asked
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"

@@ -74,9 +74,19 @@ def activation_checkpointing(model: nn.Module, sites: Sequence[Site]) -> Iterato
 
 @contextmanager
 def sharded(model: nn.Module, sites: Sequence[Site], device: torch.device) -> Iterator[nn.Module]:
-    """A twin of `model` whose weights are spread over all processes (FSDP), one block at a time whole on `device`.
+    """A twin of `model` whose weights are spread over all processes, as `shard` does.
 
     `model` itself stays as it is, where it is. Raises UsageError in a single process.
+    """
+    twin = _twin(model)
+    shard(twin, sites, device)
+    yield twin
+
+
+def shard(model: nn.Module, sites: Sequence[Site], device: torch.device) -> None:
+    """Spread the weights of `model`, in place, over all processes (FSDP), one block at a time whole on `device`.
+
+    Raises UsageError in a single process.
     """
     import torch.distributed as dist
 
@@ -88,14 +98,12 @@ def sharded(model: nn.Module, sites: Sequence[Site], device: torch.device) -> It
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    twin = _twin(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in blocks(twin, sites):
+    for block in blocks(model, sites):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(twin, mesh=mesh, reshard_after_forward=True)
-    for buffer in twin.buffers():
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    yield twin
 
 
 def whole(tensor: Tensor) -> Tensor:

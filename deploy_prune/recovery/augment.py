@@ -33,6 +33,7 @@ def augmented_batches(
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() else 0
     changed = _Changed(task, changes(task.preparation, options), key)
     how: dict[str, Any] = {"num_workers": workers, "batch_size": None, "sampler": list(order)}
+    how["generator"] = torch.Generator()  # else it would draw on the global one
     if workers:
         how |= {"multiprocessing_context": "fork", "prefetch_factor": 2}  # columns of lazy data cannot be pickled
     yield from DataLoader(changed, **how)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
-from deploy_prune.errors import DataError, UsageError
+from deploy_prune import distributed
+from deploy_prune.errors import DataError
 from deploy_prune.recovery.augment import augmented_batches
 from deploy_prune.recovery.options import RecoverOptions
-from deploy_prune.tasks.base import spread
+from deploy_prune.tasks.base import chunks, spread
 
 if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
@@ -25,8 +26,8 @@ MOST_HELD_OUT = 512  # examples that a share may hold out: judging costs time, a
 def split(task: Task, options: RecoverOptions) -> tuple[list[int], list[int]]:
     """Calibration items to train on, and held out. Raises DataError when either would be empty."""
     items = task.calibration_items(options.examples)
-    wanted = options.holdout * len(items) if options.holdout < 1 else options.holdout
-    number = max(1, round(min(wanted, MOST_HELD_OUT) if options.holdout < 1 else wanted))
+    share = options.holdout < 1
+    number = max(1, round(min(options.holdout * len(items), MOST_HELD_OUT) if share else options.holdout))
     if number >= len(items):
         raise DataError(
             "too little calibration data to hold a part out",
@@ -41,39 +42,31 @@ def split(task: Task, options: RecoverOptions) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class Feed:
-    """The training part, as process `rank` of `world` sees it."""
+    """The training part. Every process takes its share of each batch, in pieces of at most `micro_batch` examples."""
 
     task: Task
     items: Sequence[int]
     options: RecoverOptions
     seed: int
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        parts = self.options.accumulate * self.world
-        if self.options.batch_size % parts:
-            raise UsageError(
-                "the batch cannot be split evenly",
-                where="recover.batch_size",
-                expected=f"a multiple of {parts} (accumulate {self.options.accumulate} · {self.world} processes)",
-                got=str(self.options.batch_size),
-            )
+    micro_batch: int | None = None
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The batches of one pass, all of one size: a smaller last one is left out where there are others."""
+        """The batches of one pass, all of one size: a smaller last one is left out where there are others.
+
+        Raises DataError when a batch has fewer examples than there are processes.
+        """
         order = self.task.calibration_order(self.items, self.options.batch_size, self.seed + number)
         full = max(map(len, order))
-        parts = self.options.accumulate * self.world
-        if full < parts:
+        share = full // distributed.count()
+        if not share:
             raise DataError(
-                "fewer examples than parts of a batch",
+                "fewer examples in a batch than processes",
                 where=self.task.name,
-                expected=f"at least {parts}",
+                expected=f"at least {distributed.count()}",
                 got=str(full),
-                remedy="Lower recover.accumulate or the number of processes.",
+                remedy="Raise recover.batch_size, give more data, or start fewer processes.",
             )
-        return [batch for batch in order if len(batch) == full]
+        return [batch[: share * distributed.count()] for batch in order if len(batch) == full]
 
     @property
     def steps(self) -> int:
@@ -83,22 +76,17 @@ class Feed:
         return max(1, round((self.options.epochs or EPOCHS) * len(self.epoch(0))))
 
     def batches(self, first: int) -> Iterator[list[Batch]]:
-        """For each step from `first` on, the parts of its batch that this process computes, one after another."""
-        stream = self._stream(first)
-        while True:
-            yield [next(stream) for _ in range(self.options.accumulate)]
-
-    def _stream(self, first: int) -> Iterator[Batch]:
-        number, skipped = divmod(first, len(self.epoch(0)))
-        for epoch in count(number):
-            order = [part for batch in self.epoch(epoch)[skipped:] for part in self._own_parts(batch)]
+        """For each step from `first` on, the pieces of its batch that this process computes, one after another."""
+        epoch, skipped = divmod(first, len(self.epoch(0)))
+        for number in count(epoch):
+            shares = [batch[distributed.index() :: distributed.count()] for batch in self.epoch(number)[skipped:]]
             skipped = 0
-            if self.options.augments:
-                yield from augmented_batches(self.task, order, self.options, (self.seed, epoch))
-            else:
-                yield from self.task.calibration_batches(order)
+            pieces = [chunks(share, self.micro_batch or len(share)) for share in shares]
+            stream = self._read([piece for of_step in pieces for piece in of_step], number)
+            for of_step in pieces:
+                yield [next(stream) for _ in of_step]
 
-    def _own_parts(self, batch: Sequence[int]) -> list[list[int]]:
-        size = len(batch) // (self.options.accumulate * self.world)
-        starts = [(part * self.world + self.rank) * size for part in range(self.options.accumulate)]
-        return [list(batch[start : start + size]) for start in starts]
+    def _read(self, order: Sequence[Sequence[int]], epoch: int) -> Iterator[Batch]:
+        if self.options.augments:
+            return augmented_batches(self.task, order, self.options, (self.seed, epoch))
+        return self.task.calibration_batches(order)

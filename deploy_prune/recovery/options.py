@@ -55,7 +55,6 @@ class RecoverOptions(BaseModel):
     steps: Count | None = Field(None, description="optimiser steps, in place of `epochs`")
     examples: Count | None = Field(None, description="most calibration examples, held-out ones included; unset: all")
     batch_size: Count = Field(32, description="examples of one optimiser step, over all processes")
-    accumulate: Count = Field(1, description="parts a batch is split into to save memory; same result")
     lr: Positive | None = Field(None, description="peak learning rate; unset: that of the method or recipe")
     warmup: Probability = Field(
         0.1, description="share of the steps in which the rate rises; then it falls by a cosine"
@@ -83,8 +82,6 @@ class RecoverOptions(BaseModel):
     cutmix: NotNegative = Field(0.0, description="alpha of cutmix; 0 is off")
     rank: Count = Field(16, description="of the adapters (lora)")
     alpha: Positive | None = Field(None, description="scale of the adapters (lora); unset: 2 · rank")
-    checkpoint_activations: bool = Field(False, description="recompute each layer in the backward pass to save memory")
-    checkpoint_minutes: Positive = Field(10.0, description="how often a run that is given a place saves its state")
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="processes that prepare augmented images; unset: one per core on a GPU, else none"
     )

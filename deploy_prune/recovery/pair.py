@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from deploy_prune.blocks import activation_checkpointing, sharded
+from deploy_prune.methods.compute import Compute
 from deploy_prune.recovery.hidden import Record, recording
 from deploy_prune.recovery.regularise import dropping_paths
 from deploy_prune.units import Site
@@ -40,31 +41,34 @@ class Pair:
         signature: Signature,
         *,
         sites: Sequence[Site],
+        dense_sites: Sequence[Site],
         layers: Sequence[str],
         device: torch.device,
         bf16: bool,
         hidden: bool,
         drop_path: float,
-        recompute: bool,
+        compute: Compute,
     ) -> None:
         """`called` computes the student's output, perhaps wrapped for several processes. `hidden` catches the states of
-        `layers`; `drop_path` and `recompute` are those of the options."""
+        `layers`."""
         self._student, self._called, self._teacher, self._signature = student, called, teacher, signature
-        self._sites, self._layers, self._device, self._bf16 = sites, layers, device, bf16
-        self._hidden, self._drop_path, self._recompute = hidden, drop_path, recompute
+        self._sites, self._sites_of_teacher, self._layers = sites, dense_sites, layers
+        self._device, self._bf16, self._compute = device, bf16, compute
+        self._hidden, self._drop_path = hidden, drop_path
         self._stack = ExitStack()
         self._own, self._dense = Record(), Record()
 
     def __enter__(self) -> Pair:
         enter = self._stack.enter_context
         if self._teacher is not None:
-            enter(_lent(self._teacher, self._device))
+            self._teacher = enter(_lent(self._teacher, self._sites_of_teacher, self._device, self._compute.shard))
         if self._hidden:
             assert self._teacher is not None
             self._own = enter(recording(self._student, self._layers))
             self._dense = enter(recording(self._teacher, self._layers))
         self._paths = enter(dropping_paths(self._student, self._sites, self._layers, self._drop_path))
-        enter(recomputing(self._student, self._layers if self._recompute else []))
+        if self._compute.activation_checkpointing:
+            enter(activation_checkpointing(self._student, self._sites))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -72,7 +76,10 @@ class Pair:
 
     def own(self, inputs: Mapping[str, Tensor], *, training: bool = False) -> tuple[Tensor, list[Tensor]]:
         """The student's output, float32, and its hidden states; sublayers are dropped only in `training`."""
-        self._paths.rows = len(next(iter(inputs.values()))) if training else 0
+        self._own.take()  # what activations computed again have left
+        self._paths.clear()
+        if training:
+            self._paths.draw(len(next(iter(inputs.values()))))
         with self._autocast():
             output = self._called(self._here(inputs)).float()
         return output, self._own.take()
@@ -93,26 +100,15 @@ class Pair:
 
 
 @contextmanager
-def _lent(teacher: nn.Module, device: torch.device) -> Iterator[None]:
-    """The teacher on `device` in eval mode; afterwards where and as it was."""
+def _lent(teacher: nn.Module, sites: Sequence[Site], device: torch.device, shard: bool) -> Iterator[nn.Module]:
+    """The teacher on `device` in eval mode, or spread over the processes; afterwards where and as it was."""
     place, training = next(teacher.parameters()).device, teacher.training
-    teacher.to(device).eval()
+    teacher.eval()
     try:
-        yield
+        if shard:
+            with sharded(teacher, sites, device) as spread:
+                yield spread
+        else:
+            yield teacher.to(device)
     finally:
         teacher.to(place).train(training)
-
-
-@contextmanager
-def recomputing(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-    """Within the block the named modules keep only their inputs and are computed again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint
-
-    modules: list[Any] = [model.get_submodule(name) for name in layers]
-    for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

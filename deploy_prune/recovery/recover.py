@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from deploy_prune.errors import UsageError
+from deploy_prune.methods.compute import Compute
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recovery.options import RecoverOptions, check_fits
 from deploy_prune.recovery.state import Mark
 from deploy_prune.recovery.training import Training
+from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
     from deploy_prune.tasks.base import Task
@@ -46,25 +48,29 @@ def recover(
     task: Task,
     *,
     teacher: nn.Module | None = None,
-    state: Path | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    compute: Compute | None = None,
+    saved: SavedState | None = None,
     **options: Any,
 ) -> Recovered:
     """Train a copy of the compact `model` on the task's calibration data; `teacher` is the dense model it came from.
 
     A part of the calibration data is held out; the best weights on it are kept, the given ones being the first
-    candidate. `options` are those of RecoverOptions. With `state`, a file, the run saves where it stands every
-    `checkpoint_minutes`, and a later call with the same arguments goes on from there to the same weights, bit for bit.
-    Training runs where `model` is, or on all processes of `accelerate launch`.
+    candidate. `options` are those of RecoverOptions; a site that vanished is no matter, its layer's hidden state is
+    matched all the same. Same seed, data, versions and processes: same weights. `compute` says in which pieces the work
+    is done, `saved` where an interrupted recovery goes on, to the same weights bit for bit. In a run of several
+    processes every one calls this, and all get the same model.
 
     Raises UsageError (options), DataError (data), RecoveryError (the loss is not finite), UnavailableError (no peft).
     """
     parsed = options_from(options)
     check_fits(parsed, type(task))
     with torch.random.fork_rng(), torch.enable_grad():
-        training = Training(model, task, teacher, parsed, seed, Path(state) if state else None, progress or SILENT)
-        training.run()
+        training = Training(model, task, teacher, parsed, compute or Compute(), seed, progress or SILENT)
+        place = saved or SavedState()
+        own = json.dumps([place.identity, training.identity], sort_keys=True)
+        training.run(SavedState(place.directory, own, place.minutes))
     standing = training.standing
     best = standing.marks[standing.best]
     return Recovered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,35 +22,48 @@ if TYPE_CHECKING:
 
 @dataclass
 class DropPath:
-    """Stochastic depth (arXiv 1603.09382) on what the sites add to the residual stream. `rows` is the batch's size;
-    0 switches it off. A site's output may hold several parts of one row side by side, as Swin's windows do."""
+    """Stochastic depth (arXiv 1603.09382) on what the sites add to the residual stream.
 
-    rows: int = 0
+    `chances` says how likely each site is skipped. A site's output may hold several parts of one row side by side, as
+    Swin's windows do. What is skipped is drawn once for a step, so that activations computed again are the same.
+    """
+
+    chances: dict[str, float]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def draw(self, rows: int) -> None:
+        """Decide for each site and each of `rows` rows; kept ones will count 1/(1 − p) times."""
+        self.kept = {name: (torch.rand(rows) >= p) / (1 - p) for name, p in self.chances.items()}
+
+    def clear(self) -> None:
+        """Skip nothing from now on."""
+        self.kept = {}
 
 
 @contextmanager
 def dropping_paths(model: nn.Module, sites: Sequence[Site], layers: Sequence[str], rate: float) -> Iterator[DropPath]:
-    """Within the block a site in layer l of L adds nothing for a row with chance rate · l/(L − 1), else 1/(1 − p) of
-    itself."""
-    switch = DropPath()
+    """Within the block a site in layer l of L adds nothing for a row with chance rate · l/(L − 1), once drawn."""
+    depth = {
+        site.out: next((d for d, name in enumerate(layers) if f"{site.out}.".startswith(f"{name}.")), 0)
+        for site in sites
+    }
+    chances = {name: rate * d / max(1, len(layers) - 1) for name, d in depth.items() if rate * d}
+    paths = DropPath(chances)
 
-    def hook_for(p: float) -> Any:
+    def hook_for(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            if not switch.rows:
+            if name not in paths.kept:
                 return output
-            kept = (torch.rand(switch.rows, device=output.device) >= p).to(output.dtype) / (1 - p)
-            kept = kept.repeat_interleave(len(output) // switch.rows)
+            kept = paths.kept[name].to(output)
+            kept = kept.repeat_interleave(len(output) // len(kept))
             return output * kept.view(-1, *[1] * (output.ndim - 1))
 
         return hook
 
     with ExitStack() as stack:
-        for site in sites if rate else ():
-            depth = next((i for i, name in enumerate(layers) if f"{site.name}.".startswith(f"{name}.")), 0)
-            p = rate * depth / max(1, len(layers) - 1)
-            if p:
-                stack.callback(model.get_submodule(site.out).register_forward_hook(hook_for(p)).remove)
-        yield switch
+        for name in chances:
+            stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+        yield paths
 
 
 def soften(batch: Batch, options: RecoverOptions, classes: int, random: Generator) -> Batch:

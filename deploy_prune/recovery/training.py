@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploy_prune import distributed
 from deploy_prune.adapters import find_sites
 from deploy_prune.architecture import weights_sha256
+from deploy_prune.blocks import shard, whole
 from deploy_prune.errors import RecoveryError
+from deploy_prune.methods.compute import Compute
 from deploy_prune.progress import Progress
 from deploy_prune.recovery.ema import Ema
 from deploy_prune.recovery.feed import Feed, split
@@ -26,12 +28,14 @@ from deploy_prune.recovery.options import RecoverOptions
 from deploy_prune.recovery.pair import Called, Pair
 from deploy_prune.recovery.regularise import soften
 from deploy_prune.recovery.schedule import decay_groups, rate_at
-from deploy_prune.recovery.state import Mark, Standing, full, load_state, load_tensors, save_state, state_tensors
+from deploy_prune.recovery.state import Mark, Standing, restore_state, state_tensors
+from deploy_prune.saved_state import SavedState
 from deploy_prune.tasks.base import AGREEMENT
 
 if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
 
+_NAME = "recovery"  # of the saved state
 _SHOWN = 20  # last losses whose mean is shown
 
 
@@ -44,31 +48,38 @@ class Training:
         task: Task,
         teacher: nn.Module | None,
         options: RecoverOptions,
+        compute: Compute,
         seed: int,
-        state: Path | None,
         progress: Progress,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        device = next(given.parameters()).device
         unread = DistributedDataParallelKwargs(find_unused_parameters=True)  # a pooler that no output reads
-        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unread])
-        device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.accelerator = Accelerator(
+            cpu=next(given.parameters()).device.type == "cpu", kwargs_handlers=[unread], device_placement=False
+        )
+        self.device = distributed.device() or next(given.parameters()).device
         self.given, self.task, self.options, self.seed, self.progress = given, task, options, seed, progress
         train, self.held_out = split(task, options)
-        self.feed = Feed(task, train, options, seed, rank, world)
+        self.feed = Feed(task, train, options, seed, compute.micro_batch)
         labeled = next(iter(task.calibration_batches([self.held_out[:1]]))).target is not None
         self.objective = Objective(task, options, labeled=labeled, taught=teacher is not None)
         taught = teacher if self.objective.needs_teacher or task.metric == AGREEMENT else None
         sites = find_sites(given)
-        self.layers = layers_of(given, find_sites(teacher) if teacher is not None else sites)
+        dense_sites = sites if teacher is None else find_sites(teacher)
+        self.layers = layers_of(given, dense_sites)
 
         torch.manual_seed(seed)  # adapters start from random numbers
-        student = self._learner()
-        optimizer = torch.optim.AdamW(decay_groups(student, options.weight_decay), lr=options.rate, fused=True)
-        called, self.optimizer = self.accelerator.prepare(Called(student, task.signature), optimizer)
+        student = self._learner().to(self.device)
+        called: nn.Module = Called(student, task.signature)
+        if compute.shard:
+            shard(student, sites, self.device)
+        elif distributed.count() > 1:
+            called = self.accelerator.prepare_model(called)
         self.called = called
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        groups = decay_groups(student, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, fused=True)
         self.ema = None if options.ema is None else Ema(self.parameters, options.ema)
         self.pair = Pair(
             student,
@@ -76,40 +87,39 @@ class Training:
             taught,
             task.signature,
             sites=sites,
+            dense_sites=dense_sites,
             layers=self.layers,
-            device=device,
-            bf16=chosen_precision(options.precision, device) == "bf16",
+            device=self.device,
+            bf16=chosen_precision(options.precision, self.device) == "bf16",
             hidden=bool(self.objective.w_hidden),
             drop_path=options.drop_path,
-            recompute=options.checkpoint_activations,
+            compute=compute,
         )
         self.judge = Judge(task, self.held_out, None if taught is None else lambda inputs: self.pair.dense(inputs)[0])
-        self.standing, self.path = Standing(), state
+        self.standing = Standing()
         self.best_weights: dict[str, Tensor] | None = None  # None: the start is the best
         self.identity = {
             "weights": weights_sha256(given),
             "teacher": None if teacher is None else weights_sha256(teacher),
-            "options": options.model_dump(mode="json", exclude={"checkpoint_minutes", "workers"}),
+            "options": options.model_dump(mode="json", exclude={"workers"}),
             "task": task.describe(),
             "items": len(train),
             "seed": seed,
-            "processes": world,
+            "processes": distributed.count(),
             "torch": torch.__version__,
         }
 
-    def run(self) -> None:
+    def run(self, saved: SavedState) -> None:
         """All steps that are left, from the saved state where there is one."""
         with self.pair:
-            if self.path is not None and self.path.exists():
-                self._load()
-            else:
+            if not self._load(saved):
                 self.standing.marks.append(self._mark())
             steps, standing = self.feed.steps, self.standing
             every = max(1, round(steps / self.options.evaluations))
             self.progress.start(steps, "recover")
             try:
                 self.progress.advance(standing.step, self._note())
-                begun = saved = time.monotonic()
+                begun = time.monotonic()
                 earlier = standing.seconds
                 for step, parts in zip(range(standing.step, steps), self.feed.batches(standing.step), strict=False):
                     if self._patience_is_out():
@@ -120,9 +130,8 @@ class Training:
                         self._judge()
                     standing.seconds = earlier + time.monotonic() - begun
                     self.progress.advance(1, self._note())
-                    if self._shared(time.monotonic() - saved >= 60 * self.options.checkpoint_minutes):
-                        self._save()
-                        saved = time.monotonic()
+                    if saved.due():
+                        self._save(saved)
             finally:
                 self.progress.finish()
 
@@ -144,16 +153,16 @@ class Training:
 
     def _step(self, step: int, parts: list[Batch]) -> float:
         """One optimiser step; returns the mean loss of its parts. All chance follows from seed, step and process."""
-        options, rank = self.options, self.accelerator.process_index
+        options, rank = self.options, distributed.index()
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, rank]).generate_state(1)[0]))
-        total = 0.0
+        total, rows = 0.0, sum(map(len, parts))
         for number, part in enumerate(parts):
             random = np.random.default_rng([self.seed, step, rank, number])
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.called):
-                loss = self._loss(part.to(self.accelerator.device), random)
-                self.accelerator.backward(loss / len(parts))
-            total += float(loss.detach()) / len(parts)
+                loss = self._loss(part.to(self.device), random) * (len(part) / rows)
+                self.accelerator.backward(loss)
+            total += float(loss.detach())
         if not np.isfinite(total):
             raise RecoveryError(
                 f"the loss is not finite at step {step + 1}",
@@ -161,7 +170,7 @@ class Training:
                 got=str(total),
                 remedy="Lower recover.lr, or use recover.precision fp32.",
             )
-        self.accelerator.clip_grad_norm_(self.parameters.values(), options.clip)
+        nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = options.rate * rate_at(step, self.feed.steps, options.warmup)
         self.optimizer.step()
@@ -186,12 +195,11 @@ class Training:
             standing.since += 1
             if standing.marks[-1].beats(standing.marks[standing.best], self.task.higher_is_better):
                 standing.best, standing.since = len(standing.marks) - 1, 0
-                self.best_weights = {n: full(p).detach().cpu().clone() for n, p in self.parameters.items()}
+                self.best_weights = {n: whole(p).detach().cpu().clone() for n, p in self.parameters.items()}
 
     def _mark(self) -> Mark:
         """The main process's mark of the present weights; every process takes part."""
-        mark: Mark = self._shared(self.judge.mark(self.standing.step, lambda inputs: self.pair.own(inputs)[0]))
-        return mark
+        return distributed.broadcast(self.judge.mark(self.standing.step, lambda inputs: self.pair.own(inputs)[0]))
 
     def _learner(self) -> nn.Module:
         """What is trained: in eval mode, so that no dropout of the library's disturbs the distillation."""
@@ -214,31 +222,19 @@ class Training:
         mean = f"loss {np.mean(self.standing.losses):.3g}, " if self.standing.losses else ""
         return f"{mean}best {self.task.metric} {best.value:.4g} at step {best.step}"
 
-    def _load(self) -> None:
-        assert self.path is not None
-        tensors, self.standing = load_state(self.path, self.identity)
+    def _load(self, saved: SavedState) -> bool:
+        state = saved.load(_NAME)
+        if state is None:
+            return False
         mean = None if self.ema is None else self.ema.mean
-        self.best_weights = load_tensors(tensors, self.parameters, self._inner_optimizer(), mean)
+        self.best_weights = restore_state(state.tensors, self.parameters, self.optimizer, mean)
+        self.standing = Standing.from_json(state.facts)
+        return True
 
-    def _save(self) -> None:
-        if self.path is None:
-            return
+    def _save(self, saved: SavedState) -> None:
         mean = None if self.ema is None else self.ema.mean
-        tensors = state_tensors(self.parameters, self._inner_optimizer(), mean, self.best_weights)
-        if self.accelerator.is_main_process:
-            save_state(self.path, tensors, self.standing, self.identity)
-
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        inner: torch.optim.Optimizer = self.optimizer.optimizer
-        return inner
-
-    def _shared(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        if self.accelerator.num_processes == 1:
-            return value
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
+        tensors = state_tensors(self.parameters, self.optimizer, mean, self.best_weights)
+        saved.save(_NAME, tensors, self.standing.to_json())
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:

@@ -111,7 +111,7 @@ def load_pruned(directory: Path | str, *, trust_code: bool = False) -> nn.Module
             problems=error.problems,
             remedy="The files are not of one checkpoint; copy the whole directory again.",
         ) from error
-    _load(model, read_safetensors(weights), str(weights))
+    load_tensors(model, read_safetensors(weights), str(weights))
     if record.get("attn_implementation"):
         model.set_attn_implementation(record["attn_implementation"])  # type: ignore[operator]
     return model.eval()
@@ -128,7 +128,8 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy what `own_tensors` gave of an equally shaped model into `model`. Raises ArtifactError with every misfit."""
     import torch
 
     own = dict(model.state_dict(keep_vars=True))

@@ -31,6 +31,7 @@ _WHERE = {
     "SolutionPath": "deploy_prune.path",
     "PrunePlan": "deploy_prune.plan",
     "refit": "deploy_prune.refitting",
+    "recover": "deploy_prune.recovery",
     "collect_moments": "deploy_prune.refitting",
     # what is made
     "compact": "converters.surgery",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from deploy_prune.pipeline import run_recipe
     from deploy_prune.plan import PrunePlan
     from deploy_prune.recipe import Recipe, load_recipe
+    from deploy_prune.recovery import recover
     from deploy_prune.refitting import collect_moments, refit
     from deploy_prune.release.verify import verify
     from deploy_prune.sources import load_model

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_text import expand, explain, override, parse
+from deploy_prune.recovery.options import RecoverOptions
 
 Share = Annotated[float, Field(gt=0, lt=1, strict=False, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -111,6 +112,14 @@ class RefitPart(Part):
     batch_size: Count = 32
 
 
+class RecoverPart(RecoverOptions):
+    """Training after the cut, taught by the dense model. `progressive`: a member starts from the recovered next larger
+    one instead of from the dense model."""
+
+    enabled: bool = False
+    progressive: bool = False
+
+
 MAX_OPSET = 23  # the newest one tried with the exporter
 
 
@@ -158,6 +167,7 @@ class Recipe(Part):
     search: SearchPart = SearchPart()
     family: FamilyPart
     refit: RefitPart = RefitPart()
+    recover: RecoverPart = RecoverPart()
     export: ExportPart = ExportPart()
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()

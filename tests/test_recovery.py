@@ -111,11 +111,8 @@ def test_the_best_weights_are_kept_not_the_last(
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(dense: nn.Module, small: nn.Module, task: Task) -> None:
-    broken = copy.deepcopy(small)
-    with torch.no_grad():
-        broken.get_parameter("head.bias")[0] = 1e30  # finite outputs, whose square is not
-    with pytest.raises(RecoveryError, match="not finite at step 1"):
-        short(broken, task, dense, logits_weight=0.0, hidden_weight=0.0, lr=1e30, warmup=0.0)
+    with pytest.raises(RecoveryError, match="not finite at step 2"):
+        short(small, task, dense, lr=1e30, warmup=0.0)
 
 
 class StopAt:

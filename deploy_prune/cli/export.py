@@ -39,6 +39,7 @@ def _targets(command: Any) -> Any:
 @click.option("--data", help="Calibration data for the refit, where it is not the path's own.")
 @click.option("--eval", "evaluation", help="Evaluation data, where it is not the path's own.")
 @click.option("--no-refit", is_flag=True, help="Cut only; do not correct the weights that stay.")
+@click.option("--recover", is_flag=True, help="Train every member after the cut; how: --set recover.KEY=VALUE.")
 @click.option("--no-bench", is_flag=True, help="Do not time the models.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the recipe: refit.ridge=1e-2")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
@@ -52,6 +53,7 @@ def command(
     data: str | None,
     evaluation: str | None,
     no_refit: bool,
+    recover: bool,
     no_bench: bool,
     settings: tuple[str, ...],
     output: Path,
@@ -75,6 +77,7 @@ def command(
         for key, value in (("model", model), ("task.calibration", data), ("task.evaluation", evaluation))
         if value
     ]
+    changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")
     outcome = run_recipe(

@@ -108,6 +108,7 @@ def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionP
         asked=plan.asked if plan else None,
         achieved=plan.achieved if plan else _dense_costs(path),
         quality=facts["quality"],
+        recovery=facts.get("recovery"),
         parity=facts["parity"],
         samples=SamplesEntry(file=samples, tolerance=setup.recipe.parity.tolerance),
         latency=latency,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.errors import DeployPruneError, UnavailableError
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
+from deploy_prune.recovery.options import EPOCHS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +100,8 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
         stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
     cut = "plan, refit, cut" if recipe.refit.enabled else "plan, cut"
     stages.append("dense: export, parity, quality")
+    if recipe.recover.enabled:
+        cut += f", parity, quality, recover ({_recovery(recipe)})"
     stages.append(f"each of {len(members)} members: {cut}, export, parity, quality")
     if recipe.bench.enabled:
         bench = recipe.bench
@@ -107,6 +110,14 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
         stages.append(f"bench: {', '.join(bench.runtimes)}; {cells}; {bench.seconds:g} s for each model and cell")
     stages.append("bundle: assemble, then rename into place")
     return stages
+
+
+def _recovery(recipe: Recipe) -> str:
+    how = recipe.recover
+    length = f"{how.steps} steps" if how.steps else f"{how.epochs or EPOCHS:g} epochs"
+    weights = "all weights" if how.method == "full" else f"adapters of rank {how.rank}"
+    start = "the recovered next larger member" if how.progressive else "the dense model's weights"
+    return f"{weights}, {length} of batches of {how.batch_size}, from {start}"
 
 
 def _said(source: SourceInfo) -> str:

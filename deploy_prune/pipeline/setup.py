@@ -79,7 +79,8 @@ def check_names(recipe: Recipe) -> None:
     from bench.runtimes import RUNTIMES
     from deploy_prune.methods import METHODS
     from deploy_prune.recipe_text import explain
-    from deploy_prune.tasks import TASKS
+    from deploy_prune.recovery.options import check_fits
+    from deploy_prune.tasks import TASKS, task_class
 
     problems = []
     remedy = None
@@ -107,6 +108,11 @@ def check_names(recipe: Recipe) -> None:
                 f"Options belong to one method. To run {recipe.search.method} with its own defaults: "
                 "--set search.options={}"
             )
+    if recipe.recover.enabled and recipe.task.name in TASKS:
+        try:
+            check_fits(recipe.recover, task_class(recipe.task.name))
+        except UsageError as error:
+            problems += [f"recover.{problem}" for problem in error.problems]
     for index, runtime in enumerate(recipe.bench.runtimes):
         if runtime not in RUNTIMES:
             problems.append(

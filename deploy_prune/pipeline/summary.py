@@ -29,6 +29,7 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """Columns and rows of the table for people."""
     first = found["members"][0]
     metric = first["quality"]["metric"] if first["quality"] else None
+    trained = bool(metric) and any(member["quality_before"] for member in found["members"])
     cells = [f"{c['runtime']} {c['sizes']}" for c in first["latency"]]
     columns = [
         "member",
@@ -37,6 +38,7 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
         "params",
         "MACs",
         "bytes",
+        *([f"{metric} before recovery"] if trained else []),
         *([metric] if metric else []),
         "parity",
         *(f"time/dense {cell}" for cell in cells),
@@ -52,6 +54,7 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
                 f"{member['params_share']:.1%}",
                 f"{member['macs_share']:.1%}",
                 f"{member['bytes']:,}",
+                *([_quality(member["quality_before"])] if trained else []),
                 *([_quality(quality)] if metric else []),
                 f"{member['parity']:.0e}",
                 *(
@@ -77,6 +80,8 @@ def _member(member: Member, manifest: Manifest) -> dict[str, Any]:
         "macs_share": costs.macs / dense.macs,
         "bytes": member.bytes,
         "quality": member.quality.model_dump(mode="json") if member.quality else None,
+        "quality_before": _before(member),
+        "recovery": member.recovery.model_dump(mode="json") if member.recovery else None,
         "parity": member.parity["error"],
         "latency": [
             {
@@ -93,6 +98,11 @@ def _member(member: Member, manifest: Manifest) -> dict[str, Any]:
         ],
         "seconds": member.seconds,
     }
+
+
+def _before(member: Member) -> dict[str, Any] | None:
+    before = member.recovery.quality_before if member.recovery else None
+    return before.model_dump(mode="json") if before else None
 
 
 def _quality(quality: dict[str, Any] | None) -> str:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from deploy_prune import distributed
 from deploy_prune.errors import DataError
 from deploy_prune.recovery.augment import augmented_batches
-from deploy_prune.recovery.options import RecoverOptions
+from deploy_prune.recovery.options import EPOCHS, RecoverOptions
 from deploy_prune.tasks.base import chunks, spread
 
 if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
 
-EPOCHS = 10.0  # where neither epochs nor steps are given
 MOST_HELD_OUT = 512  # examples that a share may hold out: judging costs time, and more tell little more
 
 

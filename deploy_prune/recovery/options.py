@@ -17,6 +17,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Method = Literal["full", "lora"]
 
+EPOCHS = 10.0  # where neither epochs nor steps are given
 # What the SPP paper retrains with on ImageNet (arXiv 2501.03289, appendix): AdamW, 300 epochs, lr 1e-4 · batch / 512.
 SPP_IMAGENET: dict[str, Any] = {
     "epochs": 300.0,

@@ -51,6 +51,9 @@ def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
     columns = ["model", "asked", "parameters", "MACs", "bytes", "parity error"]
     if dense.quality is not None:
         columns.insert(5, f"{dense.quality.metric} (95 %)")
+    trained = dense.quality is not None and any(member.recovery for member in manifest.members)
+    if trained:
+        columns.insert(5, "before recovery")
     rows = []
     for member in manifest.members:
         costs = member.achieved
@@ -65,6 +68,8 @@ def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
         ]
         if dense.quality is not None:
             row.insert(5, _quality(member.quality))
+        if trained:
+            row.insert(5, _quality(member.recovery.quality_before) if member.recovery else "–")
         rows.append(row)
     return columns, rows
 

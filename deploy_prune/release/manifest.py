@@ -105,6 +105,23 @@ class SamplesEntry(_Part):
     _relative = field_validator("file")(check_relative)
 
 
+class RecoveryEntry(_Part):
+    """How a member was trained after the cut. `before` and `after` are `metric` on calibration examples held out from
+    the training, `quality_before` that of the untrained member on the evaluation data. `seed` names the larger member
+    whose recovered weights it started from."""
+
+    metric: Name
+    before: float
+    after: float
+    held_out: Count
+    trained_on: Count
+    steps: Count
+    best_step: Count
+    seconds: float
+    quality_before: QualityEntry | None = None
+    seed: Name | None = None
+
+
 class Member(_Part):
     """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly."""
 
@@ -120,6 +137,7 @@ class Member(_Part):
     asked: Target | None = None
     achieved: Costs | None = None
     quality: QualityEntry | None = None
+    recovery: RecoveryEntry | None = None
     parity: dict[str, Any]
     samples: SamplesEntry
     latency: list[LatencyEntry] = []

@@ -44,9 +44,5 @@ def expand(small: nn.Module, plan: PrunePlan, dense: nn.Module) -> nn.Module:
 
 
 def _differences(wanted: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]]) -> list[str]:
-    names = sorted(wanted.keys() | got.keys())
-    return [
-        f"{n}: {got.get(n, 'none')}, the plan gives {wanted.get(n, 'none')}"
-        for n in names
-        if wanted.get(n) != got.get(n)
-    ]
+    odd = [name for name in sorted(wanted.keys() | got.keys()) if wanted.get(name) != got.get(name)]
+    return [f"{name}: {got.get(name, 'none')}, the plan gives {wanted.get(name, 'none')}" for name in odd]

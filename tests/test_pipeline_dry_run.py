@@ -16,7 +16,7 @@ from deploy_prune.pipeline.setup import check_names, data_identity
 from deploy_prune.recipe import Recipe, builtin_recipes, load_recipe, recipe_from
 
 NEEDS_HUB = ("deit-small-imagenet", "llama2-7b")
-LOCAL = sorted(set(builtin_recipes()) - set(NEEDS_HUB) - {"digits"})
+LOCAL = sorted(set(builtin_recipes()) - set(NEEDS_HUB) - {"digits", "digits-recover"})
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune import distributed
-from deploy_prune.files import atomic_file
+from deploy_prune.files import atomic_file, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.saved_state import SavedState
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from deploy_prune.plan import PrunePlan
     from deploy_prune.refitting import Moments
 
+FACTS = "recovery.json"
 WEIGHTS = "recovered.safetensors"
 
 
 @dataclass(frozen=True)
 class Seed:
-    """The recovered member that the next, smaller one starts from: its name, plan and the file of its weights."""
+    """The recovered member that the next, smaller one starts from, the file of its weights, and its stage's
+    fingerprint."""
 
     name: str
     plan: PrunePlan
     weights: Path
+    fingerprint: str
 
 
 def recover_member(
@@ -44,8 +47,8 @@ def recover_member(
     seed: Seed | None,
     saved: SavedState,
     reference: np.ndarray | None,
-) -> dict[str, Any]:
-    """Cut the member, prove the cut, judge it and train it; leaves `WEIGHTS` in `directory` and returns the facts.
+) -> None:
+    """Cut the member, prove the cut, judge it and train it; leaves `WEIGHTS` and `FACTS` in `directory`.
 
     With `seed` the member is cut from that larger recovered one instead of the dense model, refitted with moments of
     its own. The dense model teaches in either case. `reference` holds the dense model's answers when the metric is
@@ -53,11 +56,9 @@ def recover_member(
     """
     from converters.parity import check_parity
     from converters.surgery import compact
-    from deploy_prune.gates import masked
     from deploy_prune.recovery import recover
 
     clock = stages.Clock()
-    signature = setup.task.signature
     if seed is not None:
         with clock.step("moments"):
             setup_of_seed = dataclasses.replace(setup, model=grown(setup, seed))
@@ -69,13 +70,9 @@ def recover_member(
         with clock.step("refit"):
             source = stages.planned_weights(setup, plan, moments, basis)
     small = compact(source, plan, check_weights=False)
-
-    def masked_form(inputs: Mapping[str, Tensor]) -> Tensor:
-        with masked(source, setup.sites, plan):
-            return signature.call(source, inputs)
-
     with clock.step("parity"):
-        parity = check_parity({"masked": masked_form, "compact": small}, signature, **stages.parity_options(setup))
+        forms: dict[str, Any] = {"masked": stages.masked_form(setup, source, plan), "compact": small}
+        parity = check_parity(forms, setup.task.signature, **stages.parity_options(setup))
     with clock.step("quality"):
         before = judge(setup, small, reference)
     how = setup.recipe.recover.model_dump(exclude={"enabled", "progressive"}, exclude_unset=True)
@@ -91,11 +88,17 @@ def recover_member(
             **how,
         )
     save_weights(found.model.cpu(), directory / WEIGHTS)
-    return {
-        "recovery": {**found.to_json(), "quality_before": before, "seed": seed.name if seed else None},
+    facts = {
+        "recovery": {
+            **{key: value for key, value in found.to_json().items() if key != "marks"},
+            "quality_before": before,
+            "seed": seed.name if seed else None,
+        },
+        "marks": found.to_json()["marks"],
         "parity": parity.to_json(),
         "seconds": clock.seconds,
     }
+    write_json(directory / FACTS, facts)
 
 
 def recovered_model(setup: Setup, plan: PrunePlan, weights: Path) -> nn.Module:

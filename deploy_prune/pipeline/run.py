@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
+from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.workspace import (
     Mode,
@@ -25,12 +27,14 @@ from deploy_prune.pipeline.workspace import (
 )
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recipe import Recipe
+from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
     import numpy as np
 
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
+    from deploy_prune.refitting import Moments
 
 
 @dataclass(frozen=True)
@@ -179,34 +183,79 @@ def member_stages(
     path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
     plans = checked_plans(setup, path)
     unread = stages.unread_bytes(setup, distributed.from_main(lambda: read_json(dense.directory / FACTS))["export"])
-    loaded = None
-    done = {}
+
+    @cache
+    def loaded() -> Moments | None:
+        return None if moments is None else load_moments(moments.directory / MOMENTS)
+
+    done: dict[str, Stage] = {}
+    larger: Seed | None = None
     for name, plan in plans.items():
         inputs = {
             "name": name,
             "plan": plan.to_json(),
             "moments": moments.fingerprint if moments else None,
             "dense": dense.fingerprint,
-            **_parts(setup, "refit", "export", "parity", "quality"),
+            **_parts(setup, "refit", "parity", "quality"),
         }
+        recovered = None
+        if setup.recipe.recover.enabled:
+            recovered = recovery_stage(workspace, setup, name, plan, loaded, dense, path, larger, inputs)
+            if setup.recipe.recover.progressive:
+                larger = Seed(name, plan, recovered.directory / WEIGHTS, recovered.fingerprint)
+        inputs |= {"recovered": recovered.fingerprint if recovered else None, **_parts(setup, "export")}
 
-        def work(directory: Path, name: str = name, plan: PrunePlan = plan) -> None:
-            nonlocal loaded
-            if moments is not None and loaded is None:
-                loaded = load_moments(moments.directory / MOMENTS)
+        def work(
+            directory: Path, name: str = name, plan: PrunePlan = plan, recovered: Stage | None = recovered
+        ) -> None:
             facts = stages.make_member(
                 setup,
                 name,
                 plan,
-                loaded,
+                None if recovered else loaded(),
                 directory,
                 unread_bytes=unread,
                 reference=_reference(dense),
                 basis=path.basis,
+                recovered=recovered.directory if recovered else None,
             )
             write_json(directory / FACTS, facts)
 
         done[name] = workspace.stage(name, inputs, work)
+    return done
+
+
+def recovery_stage(
+    workspace: Workspace,
+    setup: Setup,
+    name: str,
+    plan: PrunePlan,
+    moments: Callable[[], Moments | None],
+    dense: Stage,
+    path: SolutionPath,
+    larger: Seed | None,
+    inputs: Mapping[str, Any],
+) -> Stage:
+    """The weights of a member after its training, made from `inputs`; a killed one goes on inside the training."""
+    how = setup.recipe.recover.model_dump(mode="json", exclude={"enabled", "workers"})
+    own = {**inputs, "recover": how, "seed": larger.fingerprint if larger else None}
+    saved = workspace.saved(f"{name}.recovered")
+    state = SavedState(saved, fingerprint(own), setup.recipe.compute.checkpoint_minutes)
+
+    def work(directory: Path) -> None:
+        recover_member(
+            setup,
+            plan,
+            moments(),
+            directory,
+            basis=path.basis,
+            seed=larger,
+            saved=state,
+            reference=_reference(dense),
+        )
+
+    done = workspace.stage(f"{name}.recovered", own, work, together=True)
+    workspace.forget(saved)
     return done
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import ParityError
+from deploy_prune.files import read_json
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.workspace import fingerprint
 
@@ -162,7 +163,7 @@ def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
     with clock.step("export"):
         exported = export(setup, setup.model, onnx, DENSE)
     with clock.step("parity"):
-        parity = check_parity({"dense": setup.model, "onnx": onnx}, setup.task.signature, **_parity_options(setup))
+        parity = check_parity({"dense": setup.model, "onnx": onnx}, setup.task.signature, **parity_options(setup))
     with clock.step("quality"):
         quality = judge(setup, onnx, directory)
     record_samples(directory / SAMPLES, setup.model, setup.task.signature, seed=setup.recipe.seed)
@@ -179,9 +180,11 @@ def make_member(
     unread_bytes: int,
     reference: np.ndarray | None,
     basis: Basis | None = None,
+    recovered: Path | None = None,
 ) -> dict[str, Any]:
     """Refit, cut, export, prove and judge one member; its files go to `directory`, its facts are returned.
 
+    With `recovered`, the directory of its recovery, refit and cut are done, and the masked form was proved there.
     `basis` is that of the plan's path. `unread_bytes` are parameters that the task's function never reads (see
     `unread_bytes`); `reference` holds the dense model's answers when the metric is agreement. Raises ParityError when
     any two of the masked, compact and ONNX forms differ, or the file holds other weights than the plan announced.
@@ -189,35 +192,57 @@ def make_member(
     from converters.checkpoint import save_pruned
     from converters.parity import check_parity
     from converters.surgery import compact
-    from deploy_prune.gates import masked
     from deploy_prune.release.samples import record_samples
 
     clock = Clock()
     signature = setup.task.signature
     plan.save(directory / PLAN)
-    with clock.step("refit"):
-        source = planned_weights(setup, plan, moments, basis)
-    with clock.step("surgery"):
-        small = compact(source, plan, check_weights=False)  # the run checked the plan against the base weights
+    earlier: dict[str, Any] = {}
+    forms: dict[str, Any] = {}
+    if recovered is not None:
+        from deploy_prune.pipeline.recovering import FACTS, WEIGHTS, recovered_model
+
+        earlier = read_json(recovered / FACTS)
+        small = recovered_model(setup, plan, recovered / WEIGHTS)
+    else:
+        with clock.step("refit"):
+            source = planned_weights(setup, plan, moments, basis)
+        with clock.step("surgery"):
+            small = compact(source, plan, check_weights=False)  # the run checked the plan against the base weights
+        forms["masked"] = masked_form(setup, source, plan)
     onnx = directory / f"{name}.onnx"
     with clock.step("export"):
         exported = export(setup, small, onnx, name)
     _check_bytes(name, plan, exported, unread_bytes)
-
-    def masked_form(inputs: Mapping[str, Tensor]) -> Tensor:
-        with masked(source, setup.sites, plan):
-            return signature.call(source, inputs)
-
     with clock.step("parity"):
-        forms: dict[str, Any] = {"masked": masked_form, "compact": small, "onnx": onnx}
-        parity = check_parity(forms, signature, **_parity_options(setup))
+        parity = check_parity({**forms, "compact": small, "onnx": onnx}, signature, **parity_options(setup)).to_json()
+    if earlier:
+        first = earlier["parity"]
+        parity |= {"pairs": first["pairs"] + parity["pairs"], "error": max(first["error"], parity["error"])}
     with clock.step("quality"):
         quality = judge(setup, onnx, directory, reference)
     record_samples(directory / SAMPLES, small, signature, seed=setup.recipe.seed)
     if setup.recipe.export.checkpoints:
         with clock.step("checkpoint"):
             save_pruned(small, plan, directory / CHECKPOINT, base_model=plan.model, tokenizer=tokenizer_of(setup))
-    return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
+    return {
+        "export": exported,
+        "parity": parity,
+        "quality": quality,
+        "recovery": earlier.get("recovery"),
+        "seconds": {**earlier.get("seconds", {}), **clock.seconds},
+    }
+
+
+def masked_form(setup: Setup, source: nn.Module, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """The output of dense-shaped weights whose removed units are gated off."""
+    from deploy_prune.gates import masked
+
+    def form(inputs: Mapping[str, Tensor]) -> Tensor:
+        with masked(source, setup.sites, plan):
+            return setup.task.signature.call(source, inputs)
+
+    return form
 
 
 def planned_weights(setup: Setup, plan: PrunePlan, moments: Moments | None, basis: Basis | None) -> nn.Module:
@@ -308,7 +333,7 @@ def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
     return reports
 
 
-def _parity_options(setup: Setup) -> dict[str, Any]:
+def parity_options(setup: Setup) -> dict[str, Any]:
     how = setup.recipe.parity
     real = [batch.inputs for batch in setup.task.calibration(how.examples, limit=how.examples, seed=setup.recipe.seed)]
     return {"examples": real, "seed": setup.recipe.seed, "tolerance": how.tolerance}

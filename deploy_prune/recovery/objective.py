@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
 
 
+W_TASK, W_LOGITS, W_HIDDEN = 0.5, 1.0, 1.0  # where the options leave them open (bench/notes.md)
+
+
 class Objective:
     """L = w_task · ℓ + w_logits · T² · d(y/T, y*/T) + w_hidden · ε(h, h*), each a mean over the batch.
 
@@ -23,17 +26,18 @@ class Objective:
     """
 
     def __init__(self, task: Task, options: RecoverOptions, *, labeled: bool, taught: bool) -> None:
-        asked = options.model_fields_set
         problems = []
-        if not labeled and "task_weight" in asked and options.task_weight:
-            problems.append("task_weight: the calibration data has no labels")
-        for name in ("logits_weight", "hidden_weight"):
-            if not taught and name in asked and getattr(options, name):
-                problems.append(f"{name}: there is no teacher; pass the dense model")
+
+        def weight(name: str, default: float, possible: bool, why_not: str) -> float:
+            asked: float | None = getattr(options, name)
+            if asked and not possible:
+                problems.append(f"{name}: {why_not}")
+            return (default if asked is None else asked) if possible else 0.0
+
         self.task = task
-        self.w_task = options.task_weight if labeled else 0.0
-        self.w_logits = options.logits_weight if taught else 0.0
-        self.w_hidden = options.hidden_weight if taught else 0.0
+        self.w_task = weight("task_weight", W_TASK, labeled, "the calibration data has no labels")
+        self.w_logits = weight("logits_weight", W_LOGITS, taught, "there is no teacher; pass the dense model")
+        self.w_hidden = weight("hidden_weight", W_HIDDEN, taught, "there is no teacher; pass the dense model")
         self.temperature = options.temperature
         if options.softens_labels and not self.w_task:
             problems += [f"{n}: there is no task loss" for n in ("label_smoothing",) if getattr(options, n)]

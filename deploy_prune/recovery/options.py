@@ -36,7 +36,7 @@ SPP_IMAGENET: dict[str, Any] = {
 }
 RECIPES = {"spp-imagenet": SPP_IMAGENET}
 IMAGE_OPTIONS = ("crop", "flip", "randaugment", "erasing", "mixup", "cutmix")
-LORA_OPTIONS = ("rank", "alpha")
+RANK = 16  # of adapters
 # Chosen on held-out calibration data (bench/notes.md).
 RATES: dict[Method, float] = {"full": 2e-4, "lora": 1e-3}
 
@@ -65,9 +65,9 @@ class RecoverOptions(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware multiplies it"
     )
-    task_weight: NotNegative = 0.5
-    logits_weight: NotNegative = 1.0
-    hidden_weight: NotNegative = 1.0
+    task_weight: NotNegative | None = Field(None, description="unset: 0.5 where the data has labels")
+    logits_weight: NotNegative | None = Field(None, description="unset: 1 where there is a teacher")
+    hidden_weight: NotNegative | None = Field(None, description="unset: 1 where there is a teacher")
     temperature: Positive = Field(1.0, description="softens dense and own logits before they are compared")
     holdout: Positive = Field(0.1, description="calibration examples kept for judging: a share below 1, or a number")
     evaluations: Count = Field(10, description="how often the held-out part is judged in the whole run")
@@ -81,7 +81,7 @@ class RecoverOptions(BaseModel):
     erasing: Probability = Field(0.0, description="chance that a rectangle of an image becomes noise")
     mixup: NotNegative = Field(0.0, description="alpha of mixup; 0 is off")
     cutmix: NotNegative = Field(0.0, description="alpha of cutmix; 0 is off")
-    rank: Count = Field(16, description="of the adapters (lora)")
+    rank: Count = Field(RANK, description="of the adapters (lora)")
     alpha: Positive | None = Field(None, description="scale of the adapters (lora); unset: 2 · rank")
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="processes that prepare augmented images; unset: one per core on a GPU, else none"
@@ -93,7 +93,7 @@ class RecoverOptions(BaseModel):
         if not isinstance(data, dict) or data.get("recipe") not in RECIPES:
             return data
         named = dict(RECIPES[data["recipe"]])
-        if "steps" in data:
+        if data.get("steps") is not None:
             del named["epochs"]
         batch = data.get("batch_size", named["batch_size"])
         if isinstance(batch, int):
@@ -104,10 +104,10 @@ class RecoverOptions(BaseModel):
     def _consistent(self) -> RecoverOptions:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("expected either `epochs` or `steps`")
-        if not (self.task_weight or self.logits_weight or self.hidden_weight):
+        if self.task_weight == self.logits_weight == self.hidden_weight == 0:
             raise ValueError("expected one of `task_weight`, `logits_weight` and `hidden_weight` above 0")
-        if self.method == "full" and (foreign := [n for n in LORA_OPTIONS if n in self.model_fields_set]):
-            raise ValueError(f"{', '.join(foreign)} belong to `method: lora`")
+        if self.method == "full" and (self.rank, self.alpha) != (RANK, None):
+            raise ValueError("`rank` and `alpha` belong to `method: lora`")
         return self
 
     @property

@@ -35,7 +35,10 @@ class Watch:
 
 @contextmanager
 def watching(model: nn.Module, sites: Sequence[Site], see: Callable[[str, Tensor], None]) -> Iterator[Watch]:
-    """Within the block `see(site, x)` receives x (tokens, features), the valid inputs of each output projection."""
+    """Within the block `see(site, x)` receives x (tokens, features), the valid inputs of each output projection.
+
+    A site that serves several depths is seen at each of them.
+    """
     watch = Watch()
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

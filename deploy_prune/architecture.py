@@ -39,6 +39,8 @@ class Architecture:
         elif self.library == "hf":
             import transformers
 
+            from deploy_prune.sharing import CONFIG_KEY, share_blocks
+
             cls: Any = getattr(transformers, self.name, None)
             is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
             if not is_model:
@@ -48,6 +50,8 @@ class Architecture:
                     remedy="Install a transformers version that has it.",
                 )
             model = cls(cls.config_class.from_dict(dict(self.arguments)))
+            if pattern := getattr(model.config, CONFIG_KEY, None):
+                share_blocks(model, pattern)
         else:
             model = load_function(self.name)(**self.arguments)
         self.attach(model)
@@ -65,6 +69,14 @@ class Architecture:
             return known
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict") and type(model).__module__.startswith("transformers."):
+            from deploy_prune.sharing import unrecorded_sharing
+
+            if shared := unrecorded_sharing(model):
+                raise UsageError(
+                    "depths of this model share blocks, and its config does not say which",
+                    problems=shared,
+                    remedy="Share them with deploy_prune.sharing.share_blocks(model, pattern).",
+                )
             return Architecture("hf", type(model).__name__, config.to_dict())
         raise UsageError(
             "this model does not say how to build it again",

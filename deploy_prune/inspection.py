@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.budget import CostModel, count_params
 from deploy_prune.signature import Signature, TensorSpec
+from deploy_prune.tasks.tokens import longest_text
 from deploy_prune.units import Site, UnitKind, groups
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def reference(model: nn.Module) -> tuple[Signature, dict[str, int]]:
     specs: list[TensorSpec] = []
     sizes = {"batch": 1}
     if "input_ids" in takes:
-        longest = getattr(text, "max_position_embeddings", None) or TOKENS
-        sizes["sequence"] = min(TOKENS, longest)
+        sizes["sequence"] = min(TOKENS, longest_text(text) or TOKENS)
         shape = ("batch", "sequence")
         specs += [
             TensorSpec("input_ids", "int64", shape, "ids", high=text.vocab_size),

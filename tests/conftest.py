@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the network
 
 import pytest
+from tiny_text import *  # noqa: F403 - fixtures
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,15 @@ def text_signature(output: tuple[int | str, ...], vocabulary: int = 99) -> Signa
     )
 
 
+def decoder_signature(vocabulary: int = 99) -> Signature:
+    """As the causal-lm task has it; what lies on padding means nothing and is not compared."""
+
+    def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return model(**inputs, use_cache=False).logits
+
+    return replace(text_signature(("batch", "sequence", vocabulary), vocabulary), call=call)
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of the support table: a tiny model (the fixture of its key) that passes every check of an adapter.
@@ -59,7 +68,18 @@ FAMILIES: dict[str, Family] = {
     "tiny_vit": Family("timm", "ViT, DeiT", image_signature()),
     "tiny_bert": Family("transformers", "BERT", text_signature(("batch", 3))),
     "tiny_distilbert": Family("transformers", "DistilBERT", text_signature(("batch", 2))),
-    "tiny_llama": Family("transformers", "Llama", text_signature(("batch", "sequence", 99))),
+    "tiny_roberta": Family("transformers", "RoBERTa, XLM-RoBERTa, CamemBERT", text_signature(("batch", 3))),
+    "tiny_electra": Family("transformers", "ELECTRA", text_signature(("batch", 3))),
+    "tiny_albert": Family("transformers", "ALBERT (layers shared by depths)", text_signature(("batch", 3))),
+    "tiny_llama": Family("transformers", "Llama, SmolLM, SmolLM2", decoder_signature()),
+    "tiny_mobilellm": Family("transformers", "MobileLLM's shape, blocks shared by depths", decoder_signature()),
+    "tiny_mistral": Family("transformers", "Mistral", decoder_signature()),
+    "tiny_qwen2": Family("transformers", "Qwen2, Qwen2.5", decoder_signature()),
+    "tiny_qwen3": Family("transformers", "Qwen3 (dense)", decoder_signature()),
+    "tiny_smollm3": Family("transformers", "SmolLM3", decoder_signature()),
+    "tiny_opt": Family("transformers", "OPT", decoder_signature()),
+    "tiny_opt_350m": Family("transformers", "OPT with norms after", decoder_signature()),
+    "tiny_gpt2": Family("transformers", "GPT-2, DistilGPT2", decoder_signature()),
 }
 # Enough for rules of paths, searches and refits, which know sites and no adapter.
 FEW = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")

@@ -2,74 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from deploy_prune.adapters.base import Adapter, attention_site, checked, feed_forward_site, module_at, uneven_widths
-from deploy_prune.units import Site, SiteKind, UnitKind
+from deploy_prune.adapters.base import attention_site, feed_forward_site
+from deploy_prune.adapters.hf_families import Family, HfAdapter, qk_width, vo_width
+from deploy_prune.units import Site, SiteKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class HfDistilBert(Adapter):
+class HfDistilBert(HfAdapter):
     name = "hf-distilbert"
+    families = (Family("distilbert", "DistilBert"),)
+    attention = "attention"
+    feed_forward = "ffn"
 
-    def matches(self, model: nn.Module) -> bool:
-        from transformers import DistilBertPreTrainedModel
+    def layer_class(self, family: Family) -> type[nn.Module]:
+        from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
-        return isinstance(model, DistilBertPreTrainedModel)
+        return TransformerBlock
 
-    def sites(self, model: nn.Module) -> tuple[Site, ...]:
-        from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
+    def attention_class(self, family: Family) -> type[nn.Module]:
+        return family.cls("SelfAttention")
 
-        from deploy_prune.adapters.modules.hf_distilbert import UnevenDistilBertSelfAttention
-        from deploy_prune.adapters.modules.vanished import Vanished
+    def feed_forward_class(self, family: Family) -> type[nn.Module]:
+        from transformers.models.distilbert.modeling_distilbert import FFN
 
-        sites: list[Site] = []
-        problems: list[str] = []
-        for name, layer in model.named_modules():
-            if not isinstance(layer, TransformerBlock):
-                continue
-            attention = layer.attention
-            own = f"{name}.attention"
-            if type(attention) is Vanished:
-                pass
-            elif type(attention) not in (DistilBertSelfAttention, UnevenDistilBertSelfAttention):
-                problems.append(f"{own}: {type(attention).__name__}, expected DistilBertSelfAttention")
-            else:
-                sites.append(
-                    attention_site(
-                        own,
-                        heads=attention.n_heads,
-                        head_dim=getattr(attention, "qk_width", attention.attention_head_size),
-                        vo_width=getattr(attention, "vo_width", attention.attention_head_size),
-                        query=f"{own}.q_lin",
-                        key=f"{own}.k_lin",
-                        value=f"{own}.v_lin",
-                        out=f"{own}.out_lin",
-                    )
-                )
-            if type(layer.ffn) is not Vanished:
-                sites.append(
-                    feed_forward_site(
-                        f"{name}.ffn",
-                        neurons=layer.ffn.lin1.out_features,
-                        out=f"{name}.ffn.lin2",
-                        inputs=(f"{name}.ffn.lin1",),
-                    )
-                )
-        return checked(model, self.name, sites, problems)
+        return FFN
 
-    def resize(self, model: nn.Module, site: Site, kept: Mapping[UnitKind, Sequence[int]]) -> None:
-        if site.kind is not SiteKind.ATTENTION:
-            return
-        from deploy_prune.adapters.modules.hf_distilbert import UnevenDistilBertSelfAttention
+    def forward(self) -> Callable[..., Any]:
+        from deploy_prune.adapters.modules.hf_distilbert import forward
 
-        attention = module_at(model, site.name)
-        attention.n_heads = len(kept[UnitKind.HEAD])
+        return forward
+
+    def attention_site(self, name: str, layer: Any, attention: Any) -> Site:
+        return attention_site(
+            f"{name}.attention",
+            heads=attention.n_heads,
+            head_dim=qk_width(attention, attention.attention_head_size),
+            vo_width=vo_width(attention, attention.attention_head_size),
+            query=f"{name}.attention.q_lin",
+            key=f"{name}.attention.k_lin",
+            value=f"{name}.attention.v_lin",
+            out=f"{name}.attention.out_lin",
+        )
+
+    def feed_forward_site(self, name: str, layer: Any) -> Site:
+        return feed_forward_site(
+            f"{name}.ffn",
+            neurons=layer.ffn.lin1.out_features,
+            out=f"{name}.ffn.lin2",
+            inputs=(f"{name}.ffn.lin1",),
+        )
+
+    def set_heads(self, attention: Any, heads: int) -> None:
+        attention.n_heads = heads
         attention.dim = attention.out_lin.in_features
-        uneven_widths(attention, site, kept, UnevenDistilBertSelfAttention)
 
     def vanish(self, model: nn.Module, site: Site, bias: Tensor | None) -> None:
         from deploy_prune.adapters.modules.vanished import Vanished

@@ -232,8 +232,9 @@ class SppSearch:
             sums: dict[str, Tensor] = {}
 
             def see(site: str, x: Tensor) -> None:
-                sums[f"{site}|sum"] = x.double().sum(0)
-                sums[f"{site}|tokens"] = torch.tensor(float(len(x)), dtype=torch.float64)
+                found = {f"{site}|sum": x.double().sum(0), f"{site}|tokens": x.new_tensor(len(x), dtype=torch.float64)}
+                for key, value in found.items():  # a block that serves several depths is seen at each
+                    sums[key] = sums[key] + value if key in sums else value
 
             with watching(self.context.model, self.context.sites, see) as watch:
                 watch.attend(self.context.task.signature, batch.inputs)

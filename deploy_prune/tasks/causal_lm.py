@@ -47,7 +47,7 @@ class CausalLM(Task):
     ) -> None:
         super().__init__(calibration, evaluation, metric)
         self.length, self.stride = length, stride
-        self._pad = pad_id_of(tokenizer)
+        self._pad = pad_id_of(tokenizer, model)
         self._calibration = _windows(_token_stream(tokenizer, calibration), length, length)
         self._evaluation = [] if evaluation is None else _windows(_token_stream(tokenizer, evaluation), length, stride)
         config: Any = model.config

@@ -11,7 +11,7 @@ from deploy_prune.files import read_json
 from deploy_prune.signature import Signature, TensorSpec
 from deploy_prune.tasks.base import AGREEMENT, Batch, Task, chunks, shuffled, spread
 from deploy_prune.tasks.quality import bootstrap, spearman
-from deploy_prune.tasks.tokens import TokenRows, grouped, max_length_of, pad_id_of, padded, text_inputs
+from deploy_prune.tasks.tokens import TokenRows, grouped, max_length_of, outputs_of, pad_id_of, padded, text_inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ class SentenceEmbedding(Task):
             output=TensorSpec("embedding", "float32", ("batch", config.hidden_size)),
             call=POOLINGS[pooling],
         )
-        self._pad = pad_id_of(tokenizer)
+        self._pad = pad_id_of(tokenizer, model)
 
         def split(examples: Examples) -> _Sentences:
             return _Sentences(examples, tokenizer, names, max_length, score_max)
@@ -88,8 +88,16 @@ class SentenceEmbedding(Task):
             raise UsageError("pooling is not supported", got=pooling, remedy=did_you_mean(pooling, list(POOLINGS)))
         if not score_max > 0:
             raise UsageError("score_max must be positive", got=str(score_max))
-        if not hasattr(getattr(model, "config", None), "hidden_size"):
-            raise UnsupportedModelError("the model is no text encoder", where=model_ref, got=type(model).__name__)
+        if (
+            not hasattr(getattr(model, "config", None), "hidden_size")
+            or getattr(model, "base_model", None) is not model
+        ):
+            raise UnsupportedModelError(
+                "the model is no text encoder",
+                where=model_ref,
+                got=type(model).__name__,
+                expected="a transformers model without a head, such as BertModel",
+            )
         loaded = load_tokenizer(tokenizer or model_ref)
         limit = max_length_of(model, loaded, max_length, _folder_length(folder))
         return cls(model, loaded, pooling, limit, score_max, calibration, evaluation, metric)
@@ -227,7 +235,7 @@ def _mean_pooled(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean of the last hidden states over the unmasked tokens, scaled to length 1."""
     from torch.nn.functional import normalize
 
-    hidden = model(**inputs).last_hidden_state
+    hidden = outputs_of(model, inputs).last_hidden_state
     mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9), dim=-1)
 
@@ -236,10 +244,23 @@ def _first_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The last hidden state of the first token, scaled to length 1."""
     from torch.nn.functional import normalize
 
-    return normalize(model(**inputs).last_hidden_state[:, 0], dim=-1)
+    return normalize(outputs_of(model, inputs).last_hidden_state[:, 0], dim=-1)
 
 
-POOLINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {"mean": _mean_pooled, "cls": _first_token}
+def _last_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden state of the last unmasked token (padding is on the right), scaled to length 1."""
+    from torch.nn.functional import normalize
+
+    hidden = outputs_of(model, inputs).last_hidden_state
+    last = inputs["attention_mask"].sum(1, keepdim=True) - 1
+    return normalize(hidden.gather(1, last.unsqueeze(-1).expand(-1, 1, hidden.shape[-1])).squeeze(1), dim=-1)
+
+
+POOLINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
+    "mean": _mean_pooled,
+    "cls": _first_token,
+    "lasttoken": _last_token,
+}
 
 
 def _folder_pooling(folder: Path) -> str:
@@ -262,7 +283,11 @@ def _folder_pooling(folder: Path) -> str:
             got=", ".join(modules),
         )
     config = read_json(folder / modules["Pooling"] / "config.json")
-    old_names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    old_names = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_lasttoken": "lasttoken",
+    }
     switches = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     asked = config.get("pooling_mode") or switches
     names = [asked] if isinstance(asked, str) else list(asked)

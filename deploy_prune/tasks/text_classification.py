@@ -9,7 +9,7 @@ from deploy_prune.errors import DataError, UnsupportedModelError
 from deploy_prune.signature import Signature, TensorSpec
 from deploy_prune.tasks.base import AGREEMENT, Batch, chunks, shuffled, spread
 from deploy_prune.tasks.classification import Classification, class_indices
-from deploy_prune.tasks.tokens import TokenRows, grouped, max_length_of, pad_id_of, padded, text_inputs
+from deploy_prune.tasks.tokens import TokenRows, grouped, max_length_of, outputs_of, pad_id_of, padded, text_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ class TextClassification(Classification):
     ) -> None:
         super().__init__(calibration, evaluation, metric)
         config: Any = model.config
-        self.max_length, self._pad = max_length, pad_id_of(tokenizer)
+        self.max_length, self._pad = max_length, pad_id_of(tokenizer, model)
         names = ["input_ids", "attention_mask"]
         pairs = "text2" in calibration.columns
         if evaluation is not None and ("text2" in evaluation.columns) != pairs:
@@ -48,7 +48,8 @@ class TextClassification(Classification):
                 got=", ".join(evaluation.columns),
                 remedy="Map text2 with ?text2=COLUMN in both.",
             )
-        if pairs and "token_type_ids" in tokenizer.model_input_names:
+        segments = "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 0) > 1
+        if pairs and segments:
             names.append("token_type_ids")  # one text alone needs no segments: the model takes them as 0
         self.signature = Signature(
             inputs=text_inputs(model, names),
@@ -87,6 +88,13 @@ class TextClassification(Classification):
                 where=model_ref,
                 got=type(model).__name__,
                 expected="a ...ForSequenceClassification with at least 2 labels",
+            )
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise UnsupportedModelError(
+                "the model does not know its padding token, and so not where a text of a batch ends",
+                where=model_ref,
+                got="pad_token_id: null",
+                remedy="Set it to the id it was trained with, in config.json or as in hf:DIR?pad_token_id=0.",
             )
         loaded = load_tokenizer(tokenizer or model_ref)
         return cls(model, loaded, max_length_of(model, loaded, max_length), calibration, evaluation, metric)
@@ -127,5 +135,5 @@ class TextClassification(Classification):
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**inputs).logits
+    logits: Tensor = outputs_of(model, inputs).logits
     return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import DataError, UsageError
@@ -11,6 +11,8 @@ from deploy_prune.signature import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# Their positions begin after the padding id: so many fewer tokens fit.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 _POOL = 16  # batches that are sorted by length together; more saves no padding worth having
 Row = dict[str, list[int]]
 
@@ -73,8 +75,16 @@ def max_length_of(model: nn.Module, tokenizer: Any, asked: int | None, folder_li
     """The longest row: the least of what model, tokenizer, model folder and user allow."""
     if asked is not None and asked < 2:
         raise UsageError("max_length is too small", got=str(asked), expected="at least 2 tokens")
-    limits = [asked, folder_limit, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [asked, folder_limit, tokenizer.model_max_length, longest_text(model.config)]
     return min(int(limit) for limit in limits if limit)
+
+
+def longest_text(config: Any) -> int | None:
+    """How many tokens a model with this config has positions for, None where it does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
+    return positions or None
 
 
 def text_inputs(model: nn.Module, names: Sequence[str]) -> tuple[TensorSpec, ...]:
@@ -89,6 +99,17 @@ def text_inputs(model: nn.Module, names: Sequence[str]) -> tuple[TensorSpec, ...
     return tuple(known[name] for name in names)
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """Any id will do under a mask; 0 when the tokenizer has none for padding."""
-    return int(tokenizer.pad_token_id or 0)
+def pad_id_of(tokenizer: Any, model: nn.Module) -> int:
+    """The id of padding. The model's own, where it has one: some count positions by it, decoders find the last token of
+    a text by it. Under a mask alone any id will do: the tokenizer's, or 0."""
+    config: Any = model.config
+    own = getattr(config, "pad_token_id", None)
+    return int(own if own is not None else tokenizer.pad_token_id or 0)
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """What the model gives for `inputs`, without a key/value cache where it would make one."""
+    import inspect
+
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**inputs, **cacheless)

@@ -6,16 +6,36 @@ The library's classes view query, key and value with one head width and take the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@cache
+def uneven(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """The subclass of the attention `cls` that computes by `forward`, with `qk_width` and `vo_width` features a head.
+
+    Instances are made by assigning their class, never by a constructor.
+    """
+    return type(f"Uneven{cls.__name__}", (cls,), {"forward": forward, "__module__": __name__})
+
+
 def heads_of(layer: nn.Module, x: Tensor, width: int) -> Tensor:
     """A projection's output by head: (batch, tokens, heads · width) -> (batch, heads, tokens, width)."""
     y: Tensor = layer(x)
     return y.view(*x.shape[:-1], -1, width).transpose(1, 2)
+
+
+def cached(module: Any, key: Tensor, value: Tensor, past_key_values: Any) -> tuple[Tensor, Tensor]:
+    """Key and value (batch, kv heads, tokens, width) after those of earlier tokens, where there is a cache."""
+    if past_key_values is None:
+        return key, value
+    own = getattr(past_key_values, "self_attention_cache", past_key_values)  # of an encoder-decoder cache
+    joined: tuple[Tensor, Tensor] = own.update(key, value, module.layer_idx)
+    return joined
 
 
 def attend(
@@ -37,15 +57,18 @@ def attend(
     return output.reshape(query.shape[0], query.shape[2], -1).contiguous(), weights
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: Tensor | None) -> Tensor:
     """Rotary embedding on the pairs of dimensions that stayed.
 
     x (batch, heads, tokens, 2p) holds in every head p first halves, then p second halves; `pairs` (kv heads, p) says
-    which of the d/2 original pairs they were, `cos` and `sin` (batch, tokens, d) are the model's.
+    which of the d/2 original pairs they were (None: all), `cos` and `sin` (batch, tokens, d) are the model's.
     """
-    group = x.shape[1] // pairs.shape[0]
-    index = torch.cat([pairs, pairs], dim=-1).repeat_interleave(group, dim=0)  # (heads, 2p); both halves turn alike
-    own_cos, own_sin = (t[:, :, index].transpose(1, 2).to(x.dtype) for t in (cos, sin))
+    if pairs is None:
+        own_cos, own_sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    else:
+        group = x.shape[1] // pairs.shape[0]
+        index = torch.cat([pairs, pairs], dim=-1).repeat_interleave(group, dim=0)  # (heads, 2p); halves turn alike
+        own_cos, own_sin = (t[:, :, index].transpose(1, 2).to(x.dtype) for t in (cos, sin))
     first, second = x.chunk(2, dim=-1)
     return x * own_cos + torch.cat([-second, first], dim=-1) * own_sin
 

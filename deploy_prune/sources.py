@@ -25,6 +25,7 @@ from deploy_prune.errors import ArtifactError, UnavailableError, UsageError, did
 from deploy_prune.references import PACKAGE, Reference, existing_path, local_path, model_reference
 from deploy_prune.weights import (
     check_finite,
+    check_index,
     check_keys,
     check_safetensors,
     check_sha256,
@@ -235,6 +236,7 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
         )
     for file in files:
         check_safetensors(file)
+    check_index(folder)
     if reference.sha256 is not None:
         if len(files) != 1:
             raise UsageError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy_prune.errors import ArtifactError
-from deploy_prune.files import existing_file, sha256_file
+from deploy_prune.files import existing_file, read_json, sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,6 +75,33 @@ def read_safetensors(path: Path | str) -> dict[str, Tensor]:
         raise ArtifactError(
             "damaged safetensors header", where=str(path), got=str(error)[:200], remedy=_AGAIN
         ) from error
+
+
+def check_index(folder: Path) -> None:
+    """Refuse a checkpoint in many files whose `model.safetensors.index.json` names a tensor that its file lacks.
+
+    Only headers are read. Raises ArtifactError that lists every file or tensor at fault.
+    """
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ArtifactError("the index names no files", where=str(index), expected='"weight_map"', remedy=_AGAIN)
+    problems = []
+    for name in sorted(set(listed.values())):
+        wanted = {tensor for tensor, file in listed.items() if file == name}
+        if Path(name).name != name or not (folder / name).is_file():
+            problems.append(f"{name}: no such file, {len(wanted)} tensors")
+            continue
+        with safe_open(folder / name, "pt") as stream:
+            problems += [f"{name}: lacks {tensor}" for tensor in sorted(wanted - set(stream.keys()))]
+    if problems:
+        raise ArtifactError(
+            "a checkpoint in many files is not whole", where=str(index), problems=problems, remedy=_AGAIN
+        )
 
 
 def check_sha256(path: Path, expected: str | None) -> None:

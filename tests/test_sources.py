@@ -283,3 +283,22 @@ def test_smollm2_gguf_gives_its_own_class_and_tied_embeddings() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
     assert load_tokenizer(ref)("Hello world")["input_ids"] == [19556, 905]
+
+
+def test_a_checkpoint_in_many_files_is_read_and_a_missing_or_foreign_one_is_named(
+    tiny_llama: nn.Module, tmp_path: Path
+) -> None:
+    import torch
+
+    tiny_llama.save_pretrained(tmp_path, max_shard_size="8KB")  # type: ignore[operator]
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_model(f"hf:{tmp_path}")
+    for (name, expected), (_, got) in zip(tiny_llama.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(got, expected), name
+    files[1].rename(tmp_path / "elsewhere")
+    files[2].write_bytes(files[0].read_bytes())
+    with pytest.raises(ArtifactError, match="not whole") as refused:
+        load_model(f"hf:{tmp_path}")
+    assert any(f"{files[1].name}: no such file" in problem for problem in refused.value.problems)
+    assert any(f"{files[2].name}: lacks" in problem for problem in refused.value.problems)

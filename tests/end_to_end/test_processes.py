@@ -85,7 +85,7 @@ def test_a_failure_of_one_process_ends_all_and_says_whose_it_was(tmp_path: Path)
         *("--set", "refit.examples=40", "--set", "quality.limit=40", "--set", "bench.enabled=false"),
         *("--set", "search.examples=50", "--set", "search.options={steps: 20}", "--set", "family.sparsities=[0.3]"),
     ]
-    failed = run(recipe, *LAUNCHER, mortal="fail:1:20")
+    failed = run(recipe, *LAUNCHER, mortal="fail:1:8")
     assert failed.returncode not in (0, 2)
     assert "process 1: UnavailableError: out of memory" in failed.stderr
     assert left_in(tmp_path) == {"out.work"}

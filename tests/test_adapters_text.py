@@ -46,6 +46,29 @@ def test_twins_of_roberta_are_cut_as_it_is(name, request):
     assert relative_error(output(compact(model, plan), signature), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["tiny_roberta", "tiny_albert", "tiny_distilbert", "tiny_qwen2", "tiny_opt_350m"])
+def test_eager_attention_is_cut_as_well(name, request):
+    model, signature = request.getfixturevalue(name), signature_of(name)
+    model.set_attn_implementation("eager")
+    plan = random_path(model, signature, seed=2).plan(0.4)
+    with masked(model, find_sites(model), plan):
+        expected = output(model, signature)
+    small = compact(model, plan)
+    assert small.config._attn_implementation == "eager"
+    assert relative_error(output(small, signature), expected) < 1e-5
+
+
+def test_gpt2_that_computes_scores_in_its_own_way_is_cut_as_well(tiny_gpt2):
+    signature = signature_of("tiny_gpt2")
+    tiny_gpt2.set_attn_implementation("eager")
+    for block in tiny_gpt2.transformer.h:
+        block.attn.reorder_and_upcast_attn = True
+    plan = random_path(tiny_gpt2, signature, seed=2).plan(0.4)
+    with masked(tiny_gpt2, find_sites(tiny_gpt2), plan):
+        expected = output(tiny_gpt2, signature)
+    assert relative_error(output(compact(tiny_gpt2, plan), signature), expected) < 1e-5
+
+
 def test_attention_of_another_class_is_refused_by_name(tiny_gpt2):
     class Mine(type(tiny_gpt2.transformer.h[1].attn)):
         pass

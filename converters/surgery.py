@@ -48,8 +48,7 @@ def cut_site(model: nn.Module, adapter: Adapter, site: Site, plan: PrunePlan) ->
 
 def remove_site(model: nn.Module, adapter: Adapter, site: Site) -> None:
     """Replace a whole sublayer by the bias of its output projection, in place; its own norm leaves with it."""
-    adapter.vanish(model, site, bias_of(layer_at(model, site.out)))
-    left = {name for name, _ in model.named_modules()}
-    for name in site.alone:
-        if name in left:  # it may have lain inside what vanished
-            model.set_submodule(name, nn.Identity())
+    bias = bias_of(layer_at(model, site.out))
+    for name in site.alone:  # first: some lie inside the sublayer
+        model.set_submodule(name, nn.Identity())
+    adapter.vanish(model, site, bias)

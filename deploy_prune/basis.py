@@ -64,7 +64,7 @@ def principal_basis(
     basis: dict[str, Tensor] = {}
     for site in sites:
         if UnitKind.VO in site.counts:
-            own = site.slices[UnitKind.VO][1]
+            own = site.gate_slice(UnitKind.VO)
             W = whole(matrix(layer_at(model, site.out))).double()
             columns = W[:, _lanes(site, UnitKind.VO, own).to(W.device)]  # (out, heads, d, group)
             G = torch.einsum("ohdg,oheg->hde", columns, columns)
@@ -102,8 +102,9 @@ def in_basis(model: nn.Module, sites: Sequence[Site], basis: Basis, *, inplace: 
             )
         R = rows.double()
         inverse = torch.linalg.inv(R)
-        made, read = site.slices[kind]
-        _multiply(result, site, kind, made, R)
+        *made, read = site.slices[kind]
+        for s in made:
+            _multiply(result, site, kind, s, R)
         _multiply(result, site, kind, read, inverse.mT)  # keys (rows) and output columns alike
     return result
 
@@ -138,7 +139,7 @@ def reading_matrix(site: Site, basis: Basis, features: int) -> Tensor | None:
     if rows is None:
         return None
     E = torch.zeros(features, features, dtype=torch.float64)
-    for lane, R in zip(_lanes(site, UnitKind.VO, site.slices[UnitKind.VO][1]), rows.double(), strict=True):
+    for lane, R in zip(_lanes(site, UnitKind.VO, site.gate_slice(UnitKind.VO)), rows.double(), strict=True):
         for member in lane.T:  # the query heads of a group share the values' basis
             E[member[:, None], member[None, :]] = R
     return E
@@ -215,7 +216,7 @@ def _watch(
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for site in sites:
-            wanted = [("vo", UnitKind.VO, 1)] if UnitKind.VO in site.counts else []
+            wanted = [("vo", UnitKind.VO, -1)] if UnitKind.VO in site.counts else []
             wanted += [("q", UnitKind.QK, 0), ("k", UnitKind.QK, 1)] if _turnable(site) else []
             for role, kind, which in wanted:
                 s = site.slices[kind][which]

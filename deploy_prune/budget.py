@@ -84,6 +84,10 @@ class CostModel:
         finally:
             for handle in handles:
                 handle.remove()
+        for site in sites:  # timm's Swin v2 multiplies by qkv's weight without calling the layer
+            for name, _ in site.axes():
+                if isinstance(found[name], nn.Module):
+                    tokens[name] = tokens[name] or tokens[site.out]
         layers = {
             name: LayerShape(width(layer, "out"), width(layer, "in"), bias_of(layer) is not None, tokens[name])
             for name, layer in found.items()
@@ -115,8 +119,7 @@ class CostModel:
         total = 0
         for site in sites:
             counts = {k: 0 if kinds is None or k in kinds else n for k, n in site.counts.items()}
-            total += self._units_params(site, site.counts) - self._units_params(site, counts)
-            total += 0 if counts[site.vanishing_kind] else self.alone[site.name]
+            total += self._site_params(site, site.counts) - self._site_params(site, counts)
         return total
 
     def params_of(self, sites: Sequence[Site], counts: Counts) -> int:
@@ -216,6 +219,13 @@ def count_macs(model: nn.Module, signature: Signature, inputs: Mapping[str, Tens
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        signature.call(model, inputs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:  # the counter stumbles over an expanded parameter (timm's latent query)
+            p.requires_grad_(False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            signature.call(model, inputs)
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
     return counter.get_total_flops() // 2

@@ -48,6 +48,8 @@ class Slice:
     (count, stride) pairs. `Slice("blocks.0.attn.qkv", "out", step=64, repeat=((64, 1), (3, 192)))`: head u owns
     64 neighbouring output features in each of three stacked parts.
 
+    A slice without features (a count of 0) says that the layer serves the site, is never cut and leaves with it.
+
     `layer` is a module with a weight (torch.nn.Linear, transformers' Conv1D) or a parameter by itself (a table of
     position biases, one column a head). `axis` is "out" for features the layer makes (rows of its weight and bias; a
     parameter's first dimension), "in" for features it reads.
@@ -87,8 +89,9 @@ class Site:
     their gates and of the refit. Attention sites carry `heads` query heads sharing `kv_heads` key/value heads; a head
     unit is a key/value head with its queries. `qk_width` and `vo_width` are features per head.
 
-    A site may lose all of its units: what then remains is the bias of `out`. `alone` names modules that serve only
-    this site and leave with it (the norm before it). `limits` says of a kind that is not offered why not.
+    A site may lose all of its units: what then remains is the bias of `out`. `alone` names modules that serve only this
+    site and leave with it (the norm before it, the norms of its queries and keys). `limits` says of a kind that is not
+    offered why not.
     """
 
     name: str

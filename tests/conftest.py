@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 
 import pytest
 from tiny_text import *  # noqa: F403 - fixtures
+from tiny_vision import *  # noqa: F403 - fixtures
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim == 0:
+                parameter.fill_(1.0)
+            elif parameter.ndim == 1:
                 is_norm_scale = "norm" in name.lower() and name.endswith("weight")
                 parameter.copy_(0.2 * noise + (1.0 if is_norm_scale else 0.0))
             else:

@@ -24,8 +24,25 @@ def image_signature(size: int = 32, classes: int = 5) -> Signature:
     return Signature(
         (TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),),
         TensorSpec("logits", "float32", ("batch", classes)),
-        lambda model, inputs: model(inputs["pixel_values"]),
+        lambda model, inputs: _logits(model(inputs["pixel_values"])),
     )
+
+
+def pair_signature(size: int = 32, width: int = 24, vocabulary: int = 99) -> Signature:
+    """Image and text in, the two embeddings of every pair out."""
+
+    def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        found = model(**inputs)
+        return torch.stack([found.image_embeds, found.text_embeds], 1)
+
+    text = text_signature(("batch",), vocabulary).inputs
+    image = TensorSpec("pixel_values", "float32", ("batch", 3, size, size))
+    return Signature((*text, image), TensorSpec("embeddings", "float32", ("batch", 2, width)), call)
+
+
+def _logits(found: Any) -> Tensor:
+    """timm's models give logits, those of transformers an object that holds them."""
+    return getattr(found, "logits", found)
 
 
 def text_signature(output: tuple[int | str, ...], vocabulary: int = 99) -> Signature:
@@ -66,6 +83,20 @@ class Family:
 # Fixture -> family. A new architecture is one line here and one fixture; README's table is made of these.
 FAMILIES: dict[str, Family] = {
     "tiny_vit": Family("timm", "ViT, DeiT", image_signature()),
+    "tiny_deit_distilled": Family("timm", "DeiT, distilled", image_signature()),
+    "tiny_deit3": Family("timm", "DeiT-III", image_signature()),
+    "tiny_timm_dinov2": Family("timm", "DINOv2 with registers and SwiGLU", image_signature()),
+    "tiny_vit_qk_norm": Family("timm", "ViT with qk norm and attention pooling", image_signature()),
+    "tiny_vit_clip": Family("timm", "CLIP's image tower", image_signature()),
+    "tiny_swin": Family("timm", "Swin", image_signature()),
+    "tiny_swinv2": Family("timm", "Swin v2", image_signature()),
+    "tiny_hf_vit": Family("transformers", "ViT", image_signature()),
+    "tiny_hf_deit": Family("transformers", "DeiT, distilled too", image_signature()),
+    "tiny_hf_dinov2": Family("transformers", "DINOv2", image_signature()),
+    "tiny_hf_dinov2_registers": Family("transformers", "DINOv2 with registers and SwiGLU", image_signature()),
+    "tiny_hf_swin": Family("transformers", "Swin", image_signature()),
+    "tiny_hf_swinv2": Family("transformers", "Swin v2", image_signature()),
+    "tiny_clip": Family("transformers", "CLIP, both towers", pair_signature()),
     "tiny_bert": Family("transformers", "BERT", text_signature(("batch", 3))),
     "tiny_distilbert": Family("transformers", "DistilBERT", text_signature(("batch", 2))),
     "tiny_roberta": Family("transformers", "RoBERTa, XLM-RoBERTa, CamemBERT", text_signature(("batch", 3))),

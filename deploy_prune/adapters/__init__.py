@@ -11,6 +11,9 @@ from deploy_prune.adapters.hf_distilbert import HfDistilBert
 from deploy_prune.adapters.hf_gpt2 import HfGpt2
 from deploy_prune.adapters.hf_llama import HfLlama
 from deploy_prune.adapters.hf_opt import HfOpt
+from deploy_prune.adapters.hf_swinv2 import HfSwinv2
+from deploy_prune.adapters.hf_vit import HfClip, HfDinov2, HfSwin, HfViT
+from deploy_prune.adapters.timm_swin import TimmSwin
 from deploy_prune.adapters.timm_vit import TimmViT
 from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.units import Site
@@ -18,7 +21,21 @@ from deploy_prune.units import Site
 if TYPE_CHECKING:
     from torch import nn
 
-ADAPTERS: tuple[Adapter, ...] = (TimmViT(), HfBert(), HfAlbert(), HfDistilBert(), HfLlama(), HfOpt(), HfGpt2())
+ADAPTERS: tuple[Adapter, ...] = (
+    TimmViT(),
+    TimmSwin(),
+    HfViT(),
+    HfDinov2(),
+    HfClip(),
+    HfSwin(),
+    HfSwinv2(),
+    HfBert(),
+    HfAlbert(),
+    HfDistilBert(),
+    HfLlama(),
+    HfOpt(),
+    HfGpt2(),
+)
 # Families that look like a supported one and are not.
 _ALIBI = "its attention adds position biases by head number (ALiBi), which no adapter cuts"
 REFUSED = {"bloom": _ALIBI, "mpt": _ALIBI}

@@ -87,13 +87,17 @@ def attention_site(
     stacked: bool = False,
     alone: tuple[str, ...] = (),
     with_heads: tuple[Slice, ...] = (),
+    value_bias: str | None = None,
+    serving: tuple[str, ...] = (),
     limits: Mapping[UnitKind, str] | None = None,
 ) -> Site:
     """An attention site: `heads` query heads of `head_dim` query/key features sharing `kv_heads` key/value heads.
 
     `stacked` says that `query`, `key` and `value` are one layer that makes the three below each other. Under `rotary`
     embedding dimension i turns with i + head_dim / 2, so a qk unit is that pair. `with_heads` are further slices that
-    leave with a head (a column of a bias table). A kind in `limits` is not offered, for the reason given there.
+    leave with a head (a column of a bias table). `value_bias` is the values' bias where that is a parameter by itself.
+    `serving` names layers that no cut shortens and that leave with the whole site. A kind in `limits` is not offered,
+    for the reason given there.
     """
     kv_heads = kv_heads or heads
     vo_width = vo_width or head_dim
@@ -101,12 +105,15 @@ def attention_site(
     q_wide, v_wide = group * head_dim, group * vo_width
     starts = (0, heads * head_dim, (heads + kv_heads) * head_dim) if stacked else (0, 0, 0)
     q, k, v = starts
+    biases = () if value_bias is None else (value_bias,)
     head = (
         Slice(query, "out", q_wide, start=q, repeat=((q_wide, 1),)),
         Slice(key, "out", head_dim, start=k, repeat=((head_dim, 1),)),
         Slice(value, "out", vo_width, start=v, repeat=((vo_width, 1),)),
+        *(Slice(b, "out", vo_width, repeat=((vo_width, 1),)) for b in biases),
         Slice(out, "in", v_wide, repeat=((v_wide, 1),)),
         *with_heads,
+        *(Slice(layer, "out", repeat=((0, 1),)) for layer in serving),
     )
     pair = ((2, head_dim // 2),) if rotary else ()
     qk = (
@@ -115,6 +122,7 @@ def attention_site(
     )
     vo = (
         Slice(value, "out", lane=vo_width, start=v),
+        *(Slice(b, "out", lane=vo_width) for b in biases),
         Slice(out, "in", lane=v_wide, repeat=((group, vo_width),)),
     )
     counts = {UnitKind.HEAD: kv_heads, UnitKind.QK: head_dim // (2 if rotary else 1), UnitKind.VO: vo_width}
@@ -160,7 +168,7 @@ def layer_problems(model: nn.Module, site: Site) -> list[str]:
             )
             continue
         last = max(
-            int(s.table(site.lanes(kind), n).max())
+            int(s.table(site.lanes(kind), n).max(initial=-1))
             for kind, n in site.counts.items()
             for s in site.slices[kind]
             if (s.layer, s.axis) == (name, axis)

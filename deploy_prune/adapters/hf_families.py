@@ -59,6 +59,10 @@ class HfAdapter(Adapter):
     def feed_forward_class(self, family: Family) -> type[nn.Module]:
         """The same of the module at `feed_forward`."""
 
+    def feed_forward_classes(self, family: Family) -> tuple[type[nn.Module], ...]:
+        """All of them, for families with more than one."""
+        return (self.feed_forward_class(family),)
+
     @abstractmethod
     def forward(self) -> Callable[..., Any]:
         """The attention's forward for unlike query/key and value widths."""
@@ -86,7 +90,7 @@ class HfAdapter(Adapter):
         from deploy_prune.adapters.modules.vanished import Absent
 
         family = next(f for f in self.families if f.owns(model))
-        stock, feed_forward = self.attention_class(family), self.feed_forward_class(family)
+        stock, inners = self.attention_class(family), self.feed_forward_classes(family)
         known = (stock, self._uneven(family))
         sites: list[Site] = []
         problems: list[str] = []
@@ -100,10 +104,10 @@ class HfAdapter(Adapter):
             elif not isinstance(attention, Absent):
                 problems.append(f"{name}.{self.attention}: {type(attention).__name__}, expected plain {stock.__name__}")
             inner = layer.get_submodule(self.feed_forward)
-            if type(inner) is feed_forward:
+            if type(inner) in inners:
                 sites.append(self.feed_forward_site(name, layer))
             elif not isinstance(inner, Absent):
-                problems.append(f"{name}.{self.feed_forward}: {type(inner).__name__}, expected {feed_forward.__name__}")
+                problems.append(f"{name}.{self.feed_forward}: {type(inner).__name__}, expected {inners[0].__name__}")
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: Mapping[UnitKind, Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""timm VisionTransformer: ViT and DeiT, with fused qkv."""
+"""timm VisionTransformer: ViT, DeiT, DeiT-III, DINOv2, CLIP's image tower; with fused qkv."""
 
 from __future__ import annotations
 
@@ -29,60 +29,23 @@ class TimmViT(Adapter):
         return isinstance(model, VisionTransformer)
 
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
-        from timm.layers import Attention, Mlp
-        from torch import nn
+        from timm.models.vision_transformer import Block
 
-        from deploy_prune.adapters.modules.timm_attention import UnevenAttention
         from deploy_prune.adapters.modules.vanished import Vanished
 
         sites: list[Site] = []
         problems: list[str] = []
         for i, block in enumerate(model.blocks):  # type: ignore[arg-type, union-attr]
-            attention: Any = getattr(block, "attn", None)
-            mlp: Any = getattr(block, "mlp", None)
-            name = f"blocks.{i}.attn"
-            if type(attention) is Vanished:
-                pass
-            elif type(attention) not in (Attention, UnevenAttention):
-                problems.append(f"{name}: {type(attention).__name__}, expected timm.layers.Attention")
-            elif getattr(attention, "gate", None) is not None or not isinstance(
-                getattr(attention, "norm", nn.Identity()), nn.Identity
-            ):
-                problems.append(f"{name}: gated attention or a norm over all heads")
-            else:
-                normed = not isinstance(attention.q_norm, nn.Identity)
-                sites.append(
-                    attention_site(
-                        name,
-                        heads=attention.num_heads,
-                        head_dim=getattr(attention, "qk_width", attention.head_dim),
-                        vo_width=getattr(attention, "vo_width", attention.head_dim),
-                        query=f"{name}.qkv",
-                        key=f"{name}.qkv",
-                        value=f"{name}.qkv",
-                        stacked=True,
-                        out=f"{name}.proj",
-                        alone=(f"blocks.{i}.norm1",),
-                        limits={UnitKind.QK: NORMED} if normed else None,
-                    )
-                )
-            name = f"blocks.{i}.mlp"
-            if type(mlp) is Vanished:
-                pass
-            elif type(mlp) is not Mlp:
-                problems.append(f"{name}: {type(mlp).__name__}, expected timm.layers.Mlp")
-            elif not isinstance(mlp.norm, nn.Identity):
-                problems.append(f"{name}: a norm over the hidden neurons")
-            else:
-                sites.append(
-                    feed_forward_site(
-                        name,
-                        neurons=mlp.fc1.out_features,
-                        out=f"{name}.fc2",
-                        inputs=(f"{name}.fc1",),
-                        alone=(f"blocks.{i}.norm2",),
-                    )
-                )
+            before = isinstance(block, Block)  # its norms feed one sublayer each; elsewhere they follow it and stay
+            for own, norm, find in (("attn", "norm1", _attention), ("mlp", "norm2", feed_forward)):
+                module: Any = getattr(block, own, None)
+                if type(module) is Vanished:
+                    continue
+                found = find(f"blocks.{i}.{own}", module, (f"blocks.{i}.{norm}",) if before else ())
+                if isinstance(found, Site):
+                    sites.append(found)
+                else:
+                    problems.append(f"blocks.{i}.{own}: {found}")
         return checked(model, self.name, sites, problems)
 
     def resize(self, model: nn.Module, site: Site, kept: Mapping[UnitKind, Sequence[int]]) -> None:
@@ -99,3 +62,60 @@ class TimmViT(Adapter):
         from deploy_prune.adapters.modules.vanished import Vanished
 
         model.set_submodule(site.name, Vanished(bias))
+
+    def untouched(self, model: nn.Module) -> list[tuple[str, str]]:
+        found = [("patch_embed", PATCHES)]
+        if getattr(model, "attn_pool", None) is not None:
+            found.append(("attn_pool", "pools all tokens with one query: its width is the width of the whole model"))
+        return found + [(name, CLASSIFIER) for name in ("head", "head_dist") if hasattr(model, name)]
+
+
+PATCHES = "makes the width that every block reads and writes"
+CLASSIFIER = "its inputs are the width of the whole model, its outputs the classes"
+
+
+def _attention(name: str, attention: Any, alone: tuple[str, ...]) -> Site | str:
+    """The site of a timm attention module, or what it is that no cut understands."""
+    from timm.layers import Attention
+    from torch import nn
+
+    from deploy_prune.adapters.modules.timm_attention import UnevenAttention
+
+    if type(attention) not in (Attention, UnevenAttention):
+        return f"{type(attention).__name__}, expected timm.layers.Attention"
+    if attention.gate is not None or not isinstance(attention.norm, nn.Identity):
+        return "gated attention or a norm over all heads"
+    normed = not isinstance(attention.q_norm, nn.Identity)
+    return attention_site(
+        name,
+        heads=attention.num_heads,
+        head_dim=getattr(attention, "qk_width", attention.head_dim),
+        vo_width=getattr(attention, "vo_width", attention.head_dim),
+        query=f"{name}.qkv",
+        key=f"{name}.qkv",
+        value=f"{name}.qkv",
+        stacked=True,
+        out=f"{name}.proj",
+        alone=(*alone, f"{name}.q_norm", f"{name}.k_norm") if normed else alone,
+        limits={UnitKind.QK: NORMED} if normed else None,
+    )
+
+
+def feed_forward(name: str, mlp: Any, alone: tuple[str, ...]) -> Site | str:
+    """The site of a timm feed-forward, plain or gated, or what it is that no cut understands."""
+    from timm.layers import GluMlp, Mlp, SwiGLU
+    from torch import nn
+
+    inputs = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}.get(type(mlp))
+    if inputs is None:
+        return f"{type(mlp).__name__}, expected timm.layers.Mlp, GluMlp or SwiGLU"
+    if not isinstance(mlp.norm, nn.Identity):
+        return "a norm over the hidden neurons"
+    return feed_forward_site(
+        name,
+        neurons=mlp.fc2.in_features,
+        out=f"{name}.fc2",
+        inputs=tuple(f"{name}.{layer}" for layer in inputs),
+        stacked=type(mlp) is GluMlp,
+        alone=alone,
+    )

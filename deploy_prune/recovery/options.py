@@ -38,7 +38,7 @@ RECIPES = {"spp-imagenet": SPP_IMAGENET}
 IMAGE_OPTIONS = ("crop", "flip", "randaugment", "erasing", "mixup", "cutmix")
 RANK = 16  # of adapters
 # Chosen on held-out calibration data (bench/notes.md).
-RATES: dict[Method, float] = {"full": 2e-4, "lora": 1e-3}
+RATES: dict[Method, float] = {"full": 1e-4, "lora": 1e-3}
 
 
 class RecoverOptions(BaseModel):
@@ -63,7 +63,7 @@ class RecoverOptions(BaseModel):
     weight_decay: NotNegative = Field(0.05, description="of matrices; norms and biases have none")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the hardware multiplies it"
+        "auto", description="auto: bf16 where it is faster: on GPUs and with AMX"
     )
     task_weight: NotNegative | None = Field(None, description="unset: 0.5 where the data has labels")
     logits_weight: NotNegative | None = Field(None, description="unset: 1 where there is a teacher")

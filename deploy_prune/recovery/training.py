@@ -238,8 +238,11 @@ class Training:
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:
-    """bf16 or fp32; "auto" is bf16 where the hardware has instructions for it (`torch.cpu` tells only by this name)."""
+    """bf16 or fp32; "auto" is bf16 on GPUs that have it and on CPUs with AMX (`torch.cpu` tells only by this name).
+
+    AVX512-BF16 alone made a step of ViT-Tiny 1.7 times slower than fp32 (bench/notes.md).
+    """
     if asked != "auto":
         return asked
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     return "bf16" if fast else "fp32"

@@ -14,9 +14,12 @@ from deploy_prune.basis import in_basis, principal_basis
 from deploy_prune.blocks import activation_checkpointing, sharded
 from deploy_prune.budget import CostModel
 from deploy_prune.errors import UsageError, did_you_mean
-from deploy_prune.methods.base import BasisName, Context, Method, Precision
+from deploy_prune.methods.activation_scores import corp, flap, wanda
+from deploy_prune.methods.base import BasisName, Context, Method, NoOptions, Precision
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
 from deploy_prune.methods.compute import Compute, share
+from deploy_prune.methods.kwon import kwon
+from deploy_prune.methods.obs import obs
 from deploy_prune.methods.spp import SppOptions, spp
 from deploy_prune.path import Allocation, SolutionPath
 from deploy_prune.progress import SILENT, Progress
@@ -32,6 +35,11 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions, "separate"),
+        Method("kwon", "Fisher information with mask search and rearrangement", kwon),
+        Method("obs", "optimal brain surgery on every site, compared by relative error", obs),
+        Method("flap", "fluctuation of the activations times squared weights, standardised", flap),
+        Method("wanda", "absolute weights times activation norms, the same share of every site", wanda, NoOptions, "uniform"),
+        Method("corp", "squared weights times squared activations, the same share of every site", corp, NoOptions, "uniform"),
         Method("fisher", "squared gradient of the gates, summed over examples", fisher),
         Method("taylor", "absolute summed gradient of the gates", taylor),
         Method("magnitude", "squared weights of the coupled rows and columns", magnitude),

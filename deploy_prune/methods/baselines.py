@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from deploy_prune.blocks import whole
-from deploy_prune.gates import open_gates
 from deploy_prune.layers import layer_at, matrix
 from deploy_prune.methods.base import Context, Importance, NoOptions
 from deploy_prune.methods.statistics import gate_statistics
-from deploy_prune.tasks.base import Batch
 from deploy_prune.units import groups, unit_key
+
+LABEL = "gate gradients"  # one pass serves both methods that read it, where its state is kept
 
 
 def random(context: Context, _: NoOptions) -> Importance:
@@ -41,18 +41,9 @@ def magnitude(context: Context, _: NoOptions) -> Importance:
 
 def taylor(context: Context, _: NoOptions) -> Importance:
     """|Σ ∂ℓ/∂m| over the calibration set: the first-order change of the loss when the unit leaves."""
-    gates = open_gates(context.sites, device=context.device)
-    for gate in gates.values():
-        gate.requires_grad_(True)
-
-    def slope(batch: Batch) -> dict[str, Tensor]:
-        found, _ = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))
-        return {key: gradient.double() for key, gradient in found.items()}
-
-    total = context.accumulate("taylor", slope)[0]
-    return {key: gradient.abs() for key, gradient in total.items()}
+    return {key: slope.abs() for key, slope in gate_statistics(context, LABEL).slope.items()}
 
 
 def fisher(context: Context, _: NoOptions) -> Importance:
     """Σ over examples of (∂ℓ/∂m)², the diagonal empirical Fisher information of the gates (Kwon et al., 2022)."""
-    return gate_statistics(context, "fisher").curvature
+    return gate_statistics(context, LABEL).curvature

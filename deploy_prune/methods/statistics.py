@@ -1,4 +1,4 @@
-"""What the loss says of every gate: the diagonal Fisher information."""
+"""What the loss says of every gate: its slope and the diagonal Fisher information."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from deploy_prune.tasks.base import Batch
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """`curvature`: Σ over examples of (∂ℓ/∂m)² by unit key, each (units,) float64."""
+    """`curvature`: Σ over examples of (∂ℓ/∂m)² by unit key, `slope`: Σ ∂ℓ/∂m, each (units,) float64."""
 
     curvature: dict[str, Tensor]
+    slope: dict[str, Tensor]
     examples: int
 
 
@@ -26,11 +27,17 @@ def gate_statistics(context: Context, label: str, examples: int | None = None) -
     DataError for unlabeled data.
     """
 
-    def squares(batch: Batch) -> dict[str, Tensor]:
+    def both(batch: Batch) -> dict[str, Tensor]:
         gates = open_gates(context.sites, batch=len(batch), device=context.device)
         for gate in gates.values():
             gate.requires_grad_(True)
         found, _ = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))
-        return {key: gradient.double().square().sum(0) for key, gradient in found.items()}
+        sums = {f"square|{key}": gradient.double().square().sum(0) for key, gradient in found.items()}
+        return sums | {f"slope|{key}": gradient.double().sum(0) for key, gradient in found.items()}
 
-    return GateStatistics(*context.accumulate(label, squares, examples))
+    sums, rows = context.accumulate(label, both, examples)
+
+    def of(part: str) -> dict[str, Tensor]:
+        return {key.removeprefix(part): value for key, value in sums.items() if key.startswith(part)}
+
+    return GateStatistics(of("square|"), of("slope|"), rows)

@@ -21,6 +21,10 @@ class NotSupported(Exception):  # noqa: N818
     """The peer cannot prune this model right; the message gives version and reason."""
 
 
+class OutOfReach(Exception):  # noqa: N818
+    """The peer makes no working model of so few parameters."""
+
+
 @dataclass(frozen=True)
 class Pruned:
     """What a peer made: a smaller model, and how it was asked for it (for the record)."""

@@ -2,21 +2,23 @@
 
 Global ranking over all groups, head dimensions pruned alike in all heads of a layer (its default), residual stream left
 alone (`--bottleneck` in its examples): the same parameters are open to it as to everyone. Its pruning ratio counts
-channels, so it is searched for by bisection until the parameters that remain are those asked for.
+channels, so it is searched for by bisection until the parameters that remain are those asked for. Under grouped queries
+with rotary embedding it gets the feed-forwards only: head dimensions cannot leave there without breaking the rotation
+pairs, and its head pruning keeps every key/value head.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.peers import NotSupported, Prune, Pruned
+from bench.peers import NotSupported, OutOfReach, Prune, Pruned
 from deploy_prune.adapters import find_sites
 from deploy_prune.budget import count_params
 from deploy_prune.layers import layer_at
@@ -26,12 +28,17 @@ if TYPE_CHECKING:
     from deploy_prune.tasks import Batch, Task
     from deploy_prune.units import Site
 
-TRIES = 12  # halvings of the pruning ratio: to 1/4096 of the channels
+TRIES = 10  # halvings of the pruning ratio: to 1/1024 of the channels
 
 
 def pruner(criterion: str) -> Prune:
+    runs: dict[tuple[int, int, int, int], Run] = {}
+
     def prune(model: nn.Module, task: Task, examples: int, batch_size: int, params: int, seed: int) -> Pruned:
-        return Run(model, task, criterion, examples, batch_size, seed).at(params)
+        key = (id(model), examples, batch_size, seed)
+        if key not in runs:
+            runs[key] = Run(model, task, criterion, examples, batch_size, seed)
+        return runs[key].at(params)
 
     return prune
 
@@ -44,9 +51,10 @@ class Run:
     ) -> None:
         self.task, self.criterion = task, criterion
         self.sites = find_sites(model)
-        _refuse(self.sites)
+        self.open = tuple(s for s in self.sites if s.query_heads_per_unit == 1)
         self.model = copy.deepcopy(model).eval().requires_grad_(True)
         self.example = next(iter(task.calibration(1, limit=1, seed=seed)))
+        self.made: dict[int, tuple[int, float, nn.Module]] = {}
         self.squares: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
         batches = task.calibration(batch_size, examples, seed)
@@ -58,21 +66,33 @@ class Run:
             raise ValueError(f"no criterion {criterion!r}")
 
     def at(self, params: int) -> Pruned:
-        """The largest model of at most `params` parameters. Raises NotSupported when no ratio reaches it."""
+        """The largest model of at most `params` parameters that still runs. Raises OutOfReach when there is none.
+
+        Where its ranking empties a layer the model it leaves does not run; such ratios count as too high.
+        """
         low, high = 0.0, 1.0
-        best: tuple[int, float, nn.Module] | None = None
-        for _ in range(TRIES):
+        best = self.made.get(params)
+        broken: str | None = None
+        for _ in range(0 if best else TRIES):
             ratio = (low + high) / 2
             made = self.pruned(ratio)
             count = count_params(made)
-            if count <= params:
-                high = ratio
-                if best is None or count >= best[0]:
-                    best = count, ratio, made
-            else:
+            if count > params:
                 low = ratio
+                continue
+            high = ratio
+            try:
+                with torch.no_grad():
+                    self.task.signature.call(made.eval(), self.example.inputs)
+            except RuntimeError as error:
+                broken = str(error).splitlines()[0]
+                continue
+            if best is None or count >= best[0]:
+                best = count, ratio, made
         if best is None:
-            raise NotSupported(f"{_version()}: no pruning ratio leaves as few as {params} parameters")
+            reason = f"its models do not run: {broken}" if broken else "no pruning ratio leaves as few parameters"
+            raise OutOfReach(f"{_version()}: {reason}")
+        self.made[params] = best
         return Pruned(best[2].eval().requires_grad_(False), {"pruning_ratio": best[1], **SETTINGS[self.criterion]})
 
     def pruned(self, ratio: float) -> nn.Module:
@@ -83,8 +103,8 @@ class Run:
         grads = {name: p.grad for name, p in self.model.named_parameters()}
         for name, p in model.named_parameters():
             p.grad = None if grads[name] is None else grads[name].clone()  # type: ignore[union-attr]
-        heads = _num_heads(model, self.sites)
-        writers = [layer_at(model, site.out) for site in self.sites]
+        heads = _num_heads(model, self.open)
+        writers = [layer_at(model, site.out) for site in self.open]
         importance = self._importance(tp, model)
         with _quiet(), _own_forward(model, self.sites):
             engine = tp.pruner.BasePruner(
@@ -93,14 +113,14 @@ class Run:
                 importance=importance,
                 global_pruning=True,
                 pruning_ratio=ratio,
-                ignored_layers=[*writers, *_others(model, self.sites)],
+                ignored_layers=[*writers, *_others(model, self.open)],
                 num_heads=heads,
                 forward_fn=lambda m, inputs: self.task.signature.call(m, inputs),
                 output_transform=lambda out: out.sum(),
             )
             for group in engine.step(interactive=True):
                 group.prune()
-        _set_attributes(model, self.sites, heads)
+        _set_attributes(model, self.open)
         return model
 
     def _importance(self, tp: Any, model: nn.Module) -> Any:
@@ -124,18 +144,18 @@ class Run:
             importance.steps = 1
         return importance
 
-    def _accumulate(self, batches: Iterator[Batch]) -> None:
+    def _accumulate(self, batches: Iterable[Batch]) -> None:
         """p.grad = Σ over the calibration examples of ∂ℓ/∂p."""
         for batch in batches:
             self._loss(batch).sum().backward()
 
-    def _per_example(self, batches: Iterator[Batch]) -> None:
+    def _per_example(self, batches: Iterable[Batch]) -> None:
         """Σ over examples of (∂ℓ/∂p)² for every weight of a site, from its layer's inputs and output gradients.
 
         g_n = Σ_t δ_nt x_ntᵀ is example n's gradient of a linear layer; both criteria are built on g_n². OBDC's own
         accumulator is the same quantity.
         """
-        names = {name for site in self.sites for name, _ in site.axes()}
+        names = {name for site in self.open for name, _ in site.axes()}
         layers = {name: layer_at(self.model, name) for name in sorted(names)}
         saved: dict[str, Tensor] = {}
         self.rows = 0
@@ -178,15 +198,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _refuse(sites: tuple[Site, ...]) -> None:
-    grouped = [s.name for s in sites if s.kind is SiteKind.ATTENTION and s.query_heads_per_unit > 1]
-    if grouped:
-        raise NotSupported(
-            f"{_version()}: under grouped queries with rotary embedding its head dimensions cannot leave without "
-            "breaking the rotation pairs, and its head pruning keeps all key/value heads"
-        )
-
-
 def _num_heads(model: nn.Module, sites: tuple[Site, ...]) -> dict[nn.Module, int]:
     found: dict[nn.Module, int] = {}
     for site in sites:
@@ -225,7 +236,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _set_attributes(model: nn.Module, sites: tuple[Site, ...], heads: dict[nn.Module, int]) -> None:
+def _set_attributes(model: nn.Module, sites: tuple[Site, ...]) -> None:
     """What Torch-Pruning's examples set by hand after pruning: head counts and widths, per library class."""
     for site in sites:
         if site.kind is not SiteKind.ATTENTION:

@@ -1,0 +1,313 @@
+"""The race: every search and peer on one recipe's model, calibration data, budgets and evaluation; one command a model.
+
+    python -m bench.studies.race vit-tiny-imagenet --out bench/results/race_vit_tiny.json
+    python -m bench.studies.race_report bench/results/race_*.json
+
+A budget of 0.3 removes 30 % of the parameters that lie in prunable units of any kind; every contestant gets to keep that
+many parameters. Nothing is trained, unless --recover-steps asks for the same short recovery of the best few. A race that
+was killed goes on at the row it was at; `--again NAME` makes one contestant's rows anew.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bench.studies.contestants import Contestant, Form, contestants, planned
+from bench.studies.race_result import DENSE, RaceResult
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bench.peers import Prune
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.setup import Setup
+    from deploy_prune.refitting import Moments
+
+SPARSITIES = (0.1, 0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Calibration examples, how many at once, and rows of evaluation data (None: all), the same for everyone."""
+
+    examples: int
+    batch_size: int
+    limit: int | None = None
+
+
+TERMS = {
+    "vit-tiny-imagenet": Terms(1000, 32),
+    "distilbert-sst2": Terms(2048, 32),
+    "minilm-stsb": Terms(2048, 32),
+    "smollm2-wikitext": Terms(32, 2, 16),
+}
+
+
+@click.command(help=__doc__)
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
+@click.option("--contestant", "names", multiple=True, help="Only these (default: all).")
+@click.option("--sparsity", "sparsities", type=float, multiple=True, default=SPARSITIES, show_default=True)
+@click.option("--examples", type=int, help="Calibration examples (default: by recipe).")
+@click.option("--limit", type=int, help="Rows of evaluation data (default: by recipe).")
+@click.option("--recover-steps", type=int, default=0, help="Also train the best few for so many steps each.")
+@click.option("--latency", is_flag=True, help="Also time ours and the best few others as ONNX files.")
+@click.option("--best", type=int, default=3, show_default=True, help="How many others are trained and timed.")
+@click.option("--again", multiple=True, metavar="NAME", help="Make this contestant's rows anew.")
+@click.option("--fresh", is_flag=True, help="Start again.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where paths and statistics lie (default: runs/race-RECIPE).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON; the values per example go beside it.")
+def main(
+    recipe: str,
+    overrides: tuple[str, ...],
+    names: tuple[str, ...],
+    sparsities: tuple[float, ...],
+    examples: int | None,
+    limit: int | None,
+    recover_steps: int,
+    latency: bool,
+    best: int,
+    again: tuple[str, ...],
+    fresh: bool,
+    work: Path | None,
+    out: Path,
+) -> None:
+    from bench.studies.race_extras import recover_best, time_best
+    from deploy_prune.errors import UsageError, did_you_mean
+    from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.recipe import load_recipe
+
+    known = contestants()
+    for name in (*names, *again):
+        if name not in known:
+            raise UsageError(f"no contestant {name!r}", remedy=did_you_mean(name, list(known)))
+    terms = TERMS.get(Path(recipe).stem, Terms(1024, 32))
+    terms = Terms(examples or terms.examples, terms.batch_size, limit or terms.limit)
+    setup = prepare(load_recipe(recipe, list(overrides)))
+    race = Race.start(setup, terms, sparsities, work or Path("runs") / f"race-{Path(recipe).stem}", out, fresh=fresh)
+    for name in again:
+        race.forget(name)
+    for name in names or known:
+        race.run(known[name])
+    if recover_steps:
+        recover_best(race, recover_steps, best)
+    if latency:
+        time_best(race, best)
+
+
+@dataclass
+class Race:
+    """A loaded recipe, the terms, and the result that grows row by row."""
+
+    setup: Setup
+    terms: Terms
+    sparsities: tuple[float, ...]
+    work: Path
+    result: RaceResult
+    dense_params: int
+    prunable: int
+    paths: dict[str, SolutionPath] = field(default_factory=dict)
+    peers: dict[str, Prune] = field(default_factory=dict)
+    _moments: Moments | None = None
+
+    @staticmethod
+    def start(
+        setup: Setup, terms: Terms, sparsities: tuple[float, ...], work: Path, out: Path, *, fresh: bool = False
+    ) -> Race:
+        """Judge the dense model, or take up what `out` holds. Raises UsageError when that is of another race."""
+        from bench.environment import environment
+        from deploy_prune.budget import CostModel
+
+        example = next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed)))
+        costs = CostModel.measure(setup.model, setup.sites, setup.task.signature, example.inputs)
+        prunable = costs.prunable(setup.sites)
+        head = {
+            "recipe": setup.recipe.name,
+            "model": setup.recipe.portable()["model"],
+            "task": setup.recipe.portable()["task"],
+            "metric": setup.task.metric,
+            "identity": identity_of(setup, terms),
+            "sparsities": list(sparsities),
+            "calibration_examples": min(terms.examples, setup.task.calibration_size),
+            "evaluation_limit": terms.limit,
+            "prunable": prunable,
+            "params": costs.params,
+            "macs": costs.macs,
+            "peers": {},
+            "not_supported": {},
+            "environment": environment(),
+        }
+        race = Race(setup, terms, sparsities, work, RaceResult.open(out, head, fresh=fresh), costs.params, prunable)
+        if not race.result.rows:
+            facts = {"macs": costs.macs, "units": {}}
+            race.judge(setup.model, {"contestant": DENSE, "form": DENSE, "asked": 0.0, **facts})
+        return race
+
+    def run(self, contestant: Contestant) -> None:
+        """Every form and size of a contestant that has no row yet."""
+        missing = [
+            (form, asked)
+            for form in contestant.forms
+            for asked in self.sparsities
+            if f"{contestant.name}/{form}/{asked:g}" not in self.result.rows
+        ]
+        if not missing or contestant.name in self.result.head["not_supported"]:
+            return
+        for form, asked in missing:
+            began = time.monotonic()
+            made = self.member(contestant, form, asked)
+            if isinstance(made, str):
+                row = {"contestant": contestant.name, "form": form, "asked": asked, "error": made}
+                self.result.add(row)
+                click.echo(f"{contestant.name:12} {form:6} {asked:4.0%}  {made}")
+                continue
+            if made is None:
+                return
+            model, facts = made
+            row = {"contestant": contestant.name, "form": form, "asked": asked, **facts}
+            self.judge(model, row | {"made_in_s": round(time.monotonic() - began, 2)})
+
+    def member(
+        self, contestant: Contestant, form: Form, asked: float
+    ) -> tuple[nn.Module, dict[str, Any]] | str | None:
+        """The smaller model and its figures; in words why this size is out of reach; None when the peer cannot do it
+        at all (the head then says why)."""
+        from deploy_prune.errors import BudgetError
+
+        params = self.budget(asked)
+        if contestant.method is None:
+            return self._peer(contestant.name, form, params)
+        try:
+            return planned(self.setup, contestant, self.path(contestant), self.moments(), form, params)
+        except BudgetError as error:
+            return str(error).splitlines()[0]
+
+    def budget(self, asked: float) -> int:
+        """Parameters that may remain: those of a plan that removes the share `asked` of the prunable ones."""
+        return int(self.dense_params - asked * self.prunable)
+
+    def judge(self, model: nn.Module, row: dict[str, Any]) -> None:
+        """Add a row: the metric on the evaluation data, parameters, MACs and the values per example."""
+        from deploy_prune.budget import count_params
+        from deploy_prune.errors import GateError
+
+        task = self.setup.task
+
+        def predict(inputs: dict[str, Tensor]) -> Tensor:
+            return task.signature.call(model, inputs)
+
+        try:
+            quality = task.evaluate(predict, limit=self.terms.limit)
+        except GateError as error:
+            self.result.add({**row, "error": str(error).splitlines()[0]})
+            return
+        params = count_params(model)
+        row = {**row, "params": params, "sparsity": (self.dense_params - params) / self.prunable, **quality.to_json()}
+        self.result.add(row, quality.per_example)
+        click.echo(
+            f"{row['contestant']:12} {row['form']:9} {row['asked']:4.0%}  params {params / self.dense_params:6.1%}  "
+            f"{quality.metric} {quality.value:.4f}"
+        )
+
+    def path(self, contestant: Contestant) -> SolutionPath:
+        """The contestant's path: searched, or as an earlier run of this race left it. Passes over the data that two
+        searches share are made once."""
+        from deploy_prune.methods import search
+        from deploy_prune.path import SolutionPath
+        from deploy_prune.saved_state import SavedState
+
+        assert contestant.method is not None
+        file = self._path_file(contestant.name)
+        if contestant.name not in self.paths and file.exists():
+            self.paths[contestant.name] = SolutionPath.load(file)
+        if contestant.name not in self.paths:
+            began = time.monotonic()
+            path = search(
+                self.setup.model,
+                self.setup.task,
+                contestant.method,
+                examples=self.terms.examples,
+                batch_size=self.terms.batch_size,
+                precision="fp32",  # on a CPU without matrix units bf16 is the slower one
+                seed=self.setup.recipe.seed,
+                saved=SavedState(self.work / "statistics", self.result.head["identity"]),
+            )
+            self.result.head.setdefault("search_s", {})[contestant.name] = round(time.monotonic() - began, 1)
+            self.result.head.setdefault("options", {})[contestant.name] = dict(path.options)
+            path.save(file)
+            self.paths[contestant.name] = path
+        return self.paths[contestant.name]
+
+    def moments(self) -> Moments:
+        from deploy_prune.refitting import collect_moments
+
+        if self._moments is None:
+            batches = self.setup.task.calibration(self.terms.batch_size, self.terms.examples, self.setup.recipe.seed)
+            self._moments = collect_moments(self.setup.model, self.setup.sites, batches, self.setup.task.signature)
+        return self._moments
+
+    def forget(self, name: str) -> None:
+        """Drop a contestant's rows and path."""
+        self.result.drop(name)
+        self.result.head["not_supported"].pop(name, None)
+        self._path_file(name).unlink(missing_ok=True)
+
+    def _path_file(self, name: str) -> Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work / f"{name}-{self.result.head['identity'][:12]}.safetensors"
+
+    def _peer(self, name: str, form: Form, params: int) -> tuple[nn.Module, dict[str, Any]] | str | None:
+        """What a peer makes of the budget, as it is, or its decisions with our refit on top."""
+        from bench.peers import PEERS, NotSupported, OutOfReach
+        from bench.peers.decisions import plan_of
+        from converters.surgery import compact
+        from deploy_prune.budget import count_macs
+        from deploy_prune.refitting import refit
+
+        peer, setup, terms = PEERS[name], self.setup, self.terms
+        head = self.result.head
+        try:
+            if peer.version() is None:
+                raise NotSupported(f"{peer.package} is not installed; pip install '.[peers]'")
+            head["peers"][name] = {"package": peer.package, "version": peer.version()}
+            if name not in self.peers:
+                self.peers[name] = peer.load()
+            made = self.peers[name](
+                setup.model, setup.task, terms.examples, terms.batch_size, params, setup.recipe.seed
+            )
+        except NotSupported as error:
+            head["not_supported"][name] = str(error)
+            self.result.save()
+            click.echo(f"{name:12} not supported: {error}")
+            return None
+        except OutOfReach as error:
+            return str(error)
+        model = made.model
+        example = next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed)))
+        facts = {
+            "macs": count_macs(model, setup.task.signature, example.inputs),
+            "settings": {key: str(value) for key, value in made.settings.items()},
+        }
+        if form == "refit":
+            plan = plan_of(setup.model, model, setup.sites, setup.recipe.model, setup.weights_sha256)
+            fitted = refit(setup.model, plan, self.moments(), ridge=setup.recipe.refit.ridge)
+            model = compact(fitted, plan, inplace=True, check_weights=False)
+        return model, facts
+
+
+def identity_of(setup: Setup, terms: Terms) -> str:
+    """What tells one race from another: model, data, seed and terms; not the versions, which each run records."""
+    import hashlib
+    import json
+
+    parts = [setup.weights_sha256, setup.recipe.portable()["task"], setup.recipe.seed, terms.examples, terms.limit]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

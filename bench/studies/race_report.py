@@ -1,0 +1,242 @@
+"""The race's tables and plots, from its JSON files alone.
+
+    python -m bench.studies.race_report bench/results/race_*.json            # Markdown, and a PNG beside each file
+    python -m bench.studies.race_report bench/results/race_*.json --readme   # also writes README.md's section
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.studies.contestants import contestants
+from bench.studies.race_analysis import Point, lost, points, sound, summary
+from bench.studies.race_result import DENSE, RaceResult
+
+BEGIN, END = "<!-- race: made by bench.studies.race_report -->", "<!-- end of race -->"
+FORM_NAMES = {"own": "as published", "refit": "all kinds, our refit", "recovered": "recovered"}
+NONE_YET = "No race has been run with this version yet."
+
+
+@click.command(help=__doc__)
+@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--readme", is_flag=True, help="Write the README's section too.")
+@click.option("--plots/--no-plots", default=True, show_default=True)
+def main(files: tuple[Path, ...], readme: bool, plots: bool) -> None:
+    results = [RaceResult.load(file) for file in files]
+    for result in results:
+        click.echo(full(result))
+        if plots:
+            plot(result, result.path.with_suffix(".png"))
+    if readme:
+        target = Path(__file__).parents[2] / "README.md"
+        target.write_text(with_section(target.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
+
+
+def full(result: RaceResult) -> str:
+    """Everything a race found, as Markdown: who kept how much at each size, the verdicts, and what was left out."""
+    head = result.head
+    parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
+    if trained := [row for row in result.rows.values() if row["form"] == "recovered"]:
+        parts += ["", f"After the same recovery of {trained[0]['steps']} steps:", "", *verdicts(result, "recovered")]
+    parts += ["", *latencies(result)]
+    for name, reason in head["not_supported"].items():
+        parts.append(f"- {name} does not take part: {reason}.")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def section(results: Sequence[RaceResult]) -> str:
+    """The README's part: the verdicts of every race, and one line of summary each."""
+    if not results:
+        return NONE_YET
+    parts: list[str] = []
+    for result in results:
+        parts += [f"**{result.head['recipe']}**: {facts(result)}", "", *verdicts(result), ""]
+        if any(row["form"] == "recovered" for row in result.rows.values()):
+            parts += ["The best few after the same short recovery:", "", *verdicts(result, "recovered"), ""]
+        parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
+    return "\n".join(parts).strip()
+
+
+def with_section(text: str, body: str) -> str:
+    """`text` with what lies between the markers replaced. Raises ValueError when a marker is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no section between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+
+
+def facts(result: RaceResult) -> str:
+    """Metric, data and budget in one sentence."""
+    head, dense = result.head, result.rows[f"{DENSE}/{DENSE}/0"]
+    versions = sorted({f"{p['package']} {p['version']}" for p in head["peers"].values()})
+    return (
+        f"{head['metric']} {written(result, dense)} dense, judged on {dense['n']} examples, "
+        f"{head['calibration_examples']} calibration examples, {head['prunable'] / head['params']:.0%} of the parameters "
+        f"lie in prunable units{'; ' + ', '.join(versions) if versions else ''}."
+    )
+
+
+def left_out(result: RaceResult) -> dict[str, str]:
+    """Peers that could not take part and why; those of one reason under one name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in result.head["not_supported"].items():
+        by_reason.setdefault(reason, []).append(name)
+    return {", ".join(names): reason for reason, names in by_reason.items()}
+
+
+def table(result: RaceResult) -> list[str]:
+    """A line per contestant and form, the metric at every size; the best of each size in bold."""
+    sizes = sizes_of(result)
+    rows = [row for row in result.rows.values() if row["contestant"] != DENSE]
+    best = {}
+    for asked in sizes:
+        here = [row for row in sound(result, FORM_NAMES) if row["asked"] == asked]
+        best[asked] = min(lost(result, row) for row in here) if here else 0.0
+    lines = ["| contestant | form | " + " | ".join(f"{s:.0%}" for s in sizes) + " |", "|---" * (2 + len(sizes)) + "|"]
+    for contestant in dict.fromkeys(row["contestant"] for row in rows):
+        for form, name in FORM_NAMES.items():
+            own = {row["asked"]: row for row in rows if (row["contestant"], row["form"]) == (contestant, form)}
+            if not own:
+                continue
+            cells = []
+            for asked in sizes:
+                row = own.get(asked)
+                text = "" if row is None else "—" if "error" in row else written(result, row)
+                bold = row is not None and "error" not in row and lost(result, row) <= best[asked] + 1e-9
+                cells.append(f"**{text}**" if bold else text)
+            shown = "our default" if contestant in contestants() and contestants()[contestant].ours else name
+            lines.append(f"| {contestant} | {shown if form == 'own' else name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
+    """Ours against the best other contestant at each size, and over all sizes."""
+    found = points(result) if trained is None else points(result, (trained,), form=trained)
+    if not found:
+        return ["Ours has not run yet."]
+    unit = found[0].unit
+    lines = [
+        f"| removed | ours | lost | best other | lost | ours loses more by ({unit}, 95 % interval) | |",
+        "|---|---|---|---|---|---|---|",
+        *(_verdict_line(result, p) for p in found),
+    ]
+    over = summary(found)
+    lines += [
+        "",
+        f"Over {over.points} sizes ours is ahead {over.ahead} times and behind {over.behind} times; it loses "
+        f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}: "
+        f"{over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f}).",
+    ]
+    return lines
+
+
+def _verdict_line(result: RaceResult, p: Point) -> str:
+    form = FORM_NAMES[p.other["form"]]
+    d = p.difference
+    return (
+        f"| {p.asked:.0%} | {written(result, p.ours)} | {_figure(p.lost, p.unit)} | {p.other['contestant']} "
+        f"({form}) {written(result, p.other)} | {_figure(p.other_lost, p.unit)} | "
+        f"{_figure(d.value, p.unit)} [{_figure(d.low, p.unit)}, {_figure(d.high, p.unit)}] | {d.standing} |"
+    )
+
+
+def latencies(result: RaceResult) -> list[str]:
+    """Median latency of the timed members, where there are any."""
+    timed = [row for row in result.rows.values() if "latency" in row]
+    if not timed:
+        return []
+    sizes = ", ".join(f"{k} {v}" for k, v in timed[0]["latency"]["sizes"].items())
+    lines = [
+        f"Latency, onnxruntime CPU, {sizes}:",
+        "",
+        "| removed | contestant | form | p50 ms | of dense | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(timed, key=lambda row: row["asked"]):
+        own = row["latency"]
+        ratio = own["ratio"]
+        doubt = "" if own["trusted"] else "; the cell's self-check failed"
+        lines.append(
+            f"| {row['asked']:.0%} | {row['contestant']} | {FORM_NAMES[row['form']]} | {own['p50_ms']:.2f} | "
+            f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] | {own['verdict']}{doubt} |"
+        )
+    return [*lines, ""]
+
+
+def plot(result: RaceResult, file: Path, most: int = 8) -> None:
+    """Quality against parameters, MACs and, where measured, latency: ours and the `most` others that lose least, each in
+    its better form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense = result.rows[f"{DENSE}/{DENSE}/0"]
+    curves = chosen(result, most)
+    panels = [("params", "parameters / dense"), ("macs", "MACs / dense"), ("latency", "latency / dense")]
+    panels = [p for p in panels if p[0] != "latency" or any("latency" in r for rows in curves.values() for r in rows)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), sharey=True, squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
+        for name, rows in curves.items():
+            ours = name in contestants() and contestants()[name].ours
+            xs = [1.0, *(_share(row, key, dense) for row in rows)]
+            ys = [dense["value"], *(row["value"] for row in rows)]
+            spots = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None]
+            axis.plot(*zip(*spots, strict=True), marker="o", lw=2.6 if ours else 1.1, label=name, zorder=3 if ours else 2)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(result.head["metric"])
+    if not dense["higher_is_better"]:
+        axes[0][0].set_yscale("log")
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(f"{result.head['recipe']}, without training")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def chosen(result: RaceResult, most: int) -> dict[str, list[dict[str, Any]]]:
+    """Contestant -> its rows by size, in the form that loses least on average; ours, then the best others."""
+    sizes = sizes_of(result)
+    curves: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    for form in ("own", "refit"):
+        rows = [row for row in sound(result, (form,)) if row["contestant"] != DENSE]
+        for name in dict.fromkeys(row["contestant"] for row in rows):
+            own = sorted((row for row in rows if row["contestant"] == name), key=lambda row: row["asked"])
+            if len(own) < len(sizes):
+                continue
+            mean = sum(lost(result, row) for row in own) / len(own)
+            if name not in curves or mean < curves[name][0]:
+                curves[name] = mean, own
+    ours = [n for n in curves if n in contestants() and contestants()[n].ours]
+    others = sorted((n for n in curves if n not in ours), key=lambda n: curves[n][0])[:most]
+    return {name: curves[name][1] for name in [*ours, *others]}
+
+
+def sizes_of(result: RaceResult) -> list[float]:
+    return sorted({row["asked"] for row in result.rows.values() if row["contestant"] != DENSE})
+
+
+def written(result: RaceResult, row: dict[str, Any]) -> str:
+    """The metric as it is usually given: 84.0 for shares and correlations, 25.5 for perplexity."""
+    value = row["value"] if result.head["metric"] == "perplexity" else 100 * row["value"]
+    return f"{value:.1f}"
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value:.1f}" if unit == "points" else f"{value:.3f}"
+
+
+def _share(row: dict[str, Any], key: str, dense: dict[str, Any]) -> float | None:
+    if key == "latency":
+        return row["latency"]["ratio"]["value"] if "latency" in row else None
+    return float(row[key] / dense[key])
+
+
+if __name__ == "__main__":
+    main()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from deploy_prune.tasks import Task
 
 
-class NotSupported(Exception):  # noqa: N818
+class NotSupported(Exception):
     """The peer cannot prune this model right; the message gives version and reason."""
 
 
-class OutOfReach(Exception):  # noqa: N818
+class OutOfReach(Exception):
     """The peer makes no working model of so few parameters."""
 
 

@@ -46,9 +46,7 @@ def pruner(criterion: str) -> Prune:
 class Run:
     """One model and criterion: gradients are taken once, then any number of budgets is met."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, criterion: str, examples: int, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, task: Task, criterion: str, examples: int, batch_size: int, seed: int) -> None:
         self.task, self.criterion = task, criterion
         self.sites = find_sites(model)
         self.open = tuple(s for s in self.sites if s.query_heads_per_unit == 1)
@@ -106,7 +104,8 @@ class Run:
         heads = _num_heads(model, self.open)
         writers = [layer_at(model, site.out) for site in self.open]
         importance = self._importance(tp, model)
-        with _quiet(), _own_forward(model, self.sites):
+        _unfuse(model, self.open)
+        with _quiet():
             engine = tp.pruner.BasePruner(
                 model,
                 self.example.inputs,
@@ -215,18 +214,12 @@ def _others(model: nn.Module, sites: tuple[Site, ...]) -> list[nn.Module]:
     return [m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n not in own]
 
 
-@contextmanager
-def _own_forward(model: nn.Module, sites: tuple[Site, ...]) -> Iterator[None]:
-    """timm's attention runs unfused while the graph is traced, so that every operation is seen."""
-    attentions = [model.get_submodule(s.name) for s in sites if s.kind is SiteKind.ATTENTION]
-    fused = [m for m in attentions if getattr(m, "fused_attn", False)]
-    for m in fused:
-        m.fused_attn = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for m in fused:
-            m.fused_attn = True  # type: ignore[assignment]
+def _unfuse(model: nn.Module, sites: tuple[Site, ...]) -> None:
+    """timm's fused attention scales by the width its heads have left, which alone changes the output; the unfused form
+    keeps the dense model's scale."""
+    for site in sites:
+        if site.kind is SiteKind.ATTENTION and hasattr(attention := model.get_submodule(site.name), "fused_attn"):
+            attention.fused_attn = False  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Who takes part in the race, and how each makes its smaller model.
 
-Every search sees the same calibration examples and is asked for the same number of parameters. A contestant has up to two
-forms: `own`, as its paper publishes it (its unit kinds, its own correction of the weights that stay), and `refit`, its
-ranking over all unit kinds with this project's closed-form refit on top, so that the searches alone are compared.
+Every search sees the same calibration examples and is asked for the same number of parameters. A contestant has up to
+two forms: `own`, as its paper publishes it (its unit kinds, its own correction of the weights that stay), and `refit`,
+its ranking over all unit kinds with this project's closed-form refit on top, so that the searches alone are compared.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Form = Literal["own", "refit"]
 
 @dataclass(frozen=True)
 class Contestant:
-    """`method` is a search of this project's registry; a peer (bench/peers) has none. `kinds` are those its paper removes
-    (None: all there are), `own` what its paper does to the weights that stay."""
+    """`method` is a search of this project's registry; a peer (bench/peers) has none. `kinds` are those its paper
+    removes (None: all there are), `own` what its paper does to the weights that stay."""
 
     name: str
     source: str

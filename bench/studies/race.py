@@ -3,9 +3,9 @@
     python -m bench.studies.race vit-tiny-imagenet --out bench/results/race_vit_tiny.json
     python -m bench.studies.race_report bench/results/race_*.json
 
-A budget of 0.3 removes 30 % of the parameters that lie in prunable units of any kind; every contestant gets to keep that
-many parameters. Nothing is trained, unless --recover-steps asks for the same short recovery of the best few. A race that
-was killed goes on at the row it was at; `--again NAME` makes one contestant's rows anew.
+A budget of 0.3 removes 30 % of the parameters that lie in prunable units of any kind; every contestant gets to keep
+that many parameters. Nothing is trained, unless --recover-steps asks for the same short recovery of the best few. A
+race that was killed goes on at the row it was at; `--again NAME` makes one contestant's rows anew.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ TERMS = {
 @click.option("--best", type=int, default=3, show_default=True, help="How many others are trained and timed.")
 @click.option("--again", multiple=True, metavar="NAME", help="Make this contestant's rows anew.")
 @click.option("--fresh", is_flag=True, help="Start again.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where paths and statistics lie (default: runs/race-RECIPE).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON; the values per example go beside it.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Where paths and statistics lie (default: runs/race-RECIPE)."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="JSON; the values per example go beside it."
+)
 def main(
     recipe: str,
     overrides: tuple[str, ...],
@@ -172,9 +176,7 @@ class Race:
             row = {"contestant": contestant.name, "form": form, "asked": asked, **facts}
             self.judge(model, row | {"made_in_s": round(time.monotonic() - began, 2)})
 
-    def member(
-        self, contestant: Contestant, form: Form, asked: float
-    ) -> tuple[nn.Module, dict[str, Any]] | str | None:
+    def member(self, contestant: Contestant, form: Form, asked: float) -> tuple[nn.Module, dict[str, Any]] | str | None:
         """The smaller model and its figures; in words why this size is out of reach; None when the peer cannot do it
         at all (the head then says why)."""
         from deploy_prune.errors import BudgetError

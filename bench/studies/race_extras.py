@@ -89,7 +89,9 @@ def time_best(race: Race, count: int, seconds: float = 3.0) -> None:
                 "dense_p50_ms": report[DENSE].p50_ms,
                 "trusted": report.trusted,
             }
-            click.echo(f"{row['contestant']:12} {asked:4.0%}  {found['p50_ms']:.2f} ms, {found['ratio']['value']:.2f} of dense")
+            click.echo(
+                f"{row['contestant']:12} {asked:4.0%}  {found['p50_ms']:.2f} ms, {found['ratio']['value']:.2f} of dense"
+            )
         race.result.save()
 
 

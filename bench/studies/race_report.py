@@ -1,7 +1,7 @@
 """The race's tables and plots, from its JSON files alone.
 
-    python -m bench.studies.race_report bench/results/race_*.json            # Markdown, and a PNG beside each file
-    python -m bench.studies.race_report bench/results/race_*.json --readme   # also writes README.md's section
+python -m bench.studies.race_report bench/results/race_*.json            # Markdown, and a PNG beside each file
+python -m bench.studies.race_report bench/results/race_*.json --readme   # also writes README.md's section
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def facts(result: RaceResult) -> str:
     versions = sorted({f"{p['package']} {p['version']}" for p in head["peers"].values()})
     return (
         f"{head['metric']} {written(result, dense)} dense, judged on {dense['n']} examples, "
-        f"{head['calibration_examples']} calibration examples, {head['prunable'] / head['params']:.0%} of the parameters "
-        f"lie in prunable units{'; ' + ', '.join(versions) if versions else ''}."
+        f"{head['calibration_examples']} calibration examples, {head['prunable'] / head['params']:.0%} of the "
+        f"parameters lie in prunable units{'; ' + ', '.join(versions) if versions else ''}."
     )
 
 
@@ -169,8 +169,8 @@ def latencies(result: RaceResult) -> list[str]:
 
 
 def plot(result: RaceResult, file: Path, most: int = 8) -> None:
-    """Quality against parameters, MACs and, where measured, latency: ours and the `most` others that lose least, each in
-    its better form."""
+    """Quality against parameters, MACs and, where measured, latency: ours and the `most` others that lose least,
+    each in its better form."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,7 +187,9 @@ def plot(result: RaceResult, file: Path, most: int = 8) -> None:
             xs = [1.0, *(_share(row, key, dense) for row in rows)]
             ys = [dense["value"], *(row["value"] for row in rows)]
             spots = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None]
-            axis.plot(*zip(*spots, strict=True), marker="o", lw=2.6 if ours else 1.1, label=name, zorder=3 if ours else 2)
+            axis.plot(
+                *zip(*spots, strict=True), marker="o", lw=2.6 if ours else 1.1, label=name, zorder=3 if ours else 2
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(result.head["metric"])

@@ -88,7 +88,9 @@ class RaceResult:
     def save(self) -> None:
         import numpy as np
 
-        arrays = dict(sorted(self.values.items())) | ({} if self.given is None else {"given": self.given})
+        arrays: dict[str, Any] = dict(sorted(self.values.items())) | (
+            {} if self.given is None else {"given": self.given}
+        )
         with atomic_file(_values_file(self.path)) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
         write_json(self.path, {"race": self.head, "rows": list(self.rows.values())})

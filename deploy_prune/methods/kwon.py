@@ -24,10 +24,10 @@ def kwon(context: Context, _: NoOptions) -> Importance:
         gates = open_gates(context.sites, batch=len(batch), device=context.device)
         for gate in gates.values():
             gate.requires_grad_(True)
-        found, _ = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))
+        found = context.gradients(gates, batch, lambda output: context.task.loss(output, batch))[0]
         return {key: (g.T.float() @ g.float()).double() for key, g in found.items()}
 
-    blocks, _ = context.accumulate("kwon", products)
+    blocks = context.accumulate("kwon", products)[0]
     return {key: rearranged(F.cpu()) for key, F in blocks.items()}
 
 

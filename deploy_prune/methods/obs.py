@@ -42,15 +42,16 @@ def obs(context: Context, _: NoOptions) -> Importance:
     return importance
 
 
-def removal_costs(W: Tensor, H: Tensor, table: Tensor, rounds: int = ROUNDS) -> Tensor:
+def removal_costs(W: Tensor, H: Tensor, table: Tensor, rounds: int = ROUNDS, damping: float = DAMPING) -> Tensor:
     """What every unit costs when it leaves, (units,), rising in the order of leaving.
 
-    Unit u owns the columns S = table[u] of W (out, in); H is (in, in). In each round the units of least
+    Unit u owns the columns S = table[u] of W (out, in); H is (in, in), and `damping` of its mean diagonal is added. In
+    each round the units of least
         tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)
     leave; the others make up, W ← W − W_S (H⁻¹_SS)⁻¹ H⁻¹_S:, and H⁻¹ ← H⁻¹ − H⁻¹_:S (H⁻¹_SS)⁻¹ H⁻¹_S: forgets them
     (Optimal Brain Surgeon; Hassibi and Stork, 1993). With up to `rounds` units one leaves at a time.
     """
-    λ = DAMPING * H.diagonal().mean().clamp(min=1e-30)
+    λ = damping * H.diagonal().mean().clamp(min=1e-30)
     factor, failed = torch.linalg.cholesky_ex(H + λ * torch.eye(len(H), dtype=H.dtype))
     if failed:
         raise RefitError("the activations' moments are not positive definite", remedy="Use more calibration examples.")

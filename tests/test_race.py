@@ -1,0 +1,114 @@
+"""The race: verdicts say what the examples say, files survive a kill, and the README says what the files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.studies.race_analysis import paired, points, summary
+from bench.studies.race_report import BEGIN, END, full, plot, section, with_section
+from bench.studies.race_result import RaceResult
+from deploy_prune.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+HEAD = {
+    "recipe": "made-up",
+    "metric": "top1",
+    "identity": "a",
+    "sparsities": [0.3, 0.5],
+    "calibration_examples": 8,
+    "prunable": 80,
+    "params": 100,
+    "peers": {"tp-obdc": {"package": "torch-pruning", "version": "1.6.1"}},
+    "not_supported": {"tp-taylor": "no gradient here"},
+}
+
+
+def made_up(path: Path, **right: int) -> RaceResult:
+    """A race on 200 examples of which the first so many are right, by contestant."""
+    result = RaceResult(path, dict(HEAD))
+
+    def add(contestant: str, form: str, asked: float, hits: int) -> None:
+        values = (np.arange(200) < hits).astype(float)
+        row = {"contestant": contestant, "form": form, "asked": asked, "value": hits / 200, "n": 200}
+        row |= {"params": 100 - 80 * asked, "macs": 1000 * (1 - asked), "higher_is_better": True}
+        result.add(row, values)
+
+    add("dense", "dense", 0.0, 180)
+    for name, hits in right.items():
+        for asked in HEAD["sparsities"]:
+            add(name, "own", asked, hits)
+    return result
+
+
+def test_a_clear_lead_is_ahead_and_its_mirror_behind(tmp_path):
+    found = points(made_up(tmp_path / "r.json", spp=170, obs=140, fisher=100))
+    assert [p.difference.standing for p in found] == ["ahead", "ahead"]
+    assert [p.other["contestant"] for p in found] == ["obs", "obs"]
+    assert summary(found).share == pytest.approx(5 / 20)
+    found = points(made_up(tmp_path / "r.json", spp=140, obs=170))
+    assert [p.difference.standing for p in found] == ["behind", "behind"]
+    assert found[0].difference.value == pytest.approx(15)
+
+
+def test_equal_models_are_within_noise_however_few_examples(tmp_path):
+    found = points(made_up(tmp_path / "r.json", spp=150, obs=150))
+    assert {p.difference.standing for p in found} == {"within noise"}
+
+
+def test_pairing_sees_a_difference_that_separate_intervals_hide(tmp_path):
+    """Six examples of 200 more: each figure alone is uncertain by ±6 points, their difference is not."""
+    difference = paired(made_up(tmp_path / "r.json", spp=156, obs=150), "spp/own/0.3", "obs/own/0.3")
+    assert difference.standing == "ahead" and difference.high - difference.low < 6
+
+
+def test_a_race_goes_on_from_its_files_and_refuses_another_race(tmp_path):
+    file = tmp_path / "r.json"
+    before = made_up(file, spp=170, obs=140)
+    after = RaceResult.open(file, dict(HEAD), fresh=False)
+    assert after.rows == before.rows
+    assert np.array_equal(after.per_example("obs/own/0.5"), before.per_example("obs/own/0.5"))
+    with pytest.raises(UsageError, match="identity"):
+        RaceResult.open(file, HEAD | {"identity": "b"}, fresh=False)
+    after.drop("obs")
+    assert not any(key.startswith("obs/") for key in (*after.rows, *after.values))
+
+
+def test_what_all_models_share_is_stored_once_and_must_agree(tmp_path):
+    result = RaceResult(tmp_path / "r.json", HEAD | {"metric": "perplexity"})
+    rows = np.array([[30.0, 10.0], [50.0, 20.0]])
+    result.add({"contestant": "dense", "form": "dense", "asked": 0.0}, rows)
+    assert np.array_equal(RaceResult.load(result.path).per_example("dense/dense/0"), rows)
+    with pytest.raises(ValueError, match="other examples"):
+        result.add({"contestant": "spp", "form": "own", "asked": 0.3}, rows + 1)
+
+
+def test_a_report_names_sizes_verdicts_versions_and_who_is_missing(tmp_path):
+    result = made_up(tmp_path / "r.json", spp=170, obs=140)
+    text = full(result)
+    for part in (
+        "| obs | as published | 70.0 | 70.0 |",
+        "**85.0**",
+        "ahead",
+        "torch-pruning 1.6.1",
+        "no gradient here",
+    ):
+        assert part in text
+    plot(result, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_a_section_replaces_only_what_lies_between_its_markers():
+    text = with_section(f"before\n{BEGIN}\nold\n{END}\nafter", "new")
+    assert text == f"before\n{BEGIN}\nnew\n{END}\nafter"
+    with pytest.raises(ValueError, match="no section"):
+        with_section("nothing here", "new")
+
+
+def test_the_readme_says_what_the_race_files_say():
+    """Make it so with: python -m bench.studies.race_report bench/results/race_*.json --readme"""
+    results = [RaceResult.load(file) for file in sorted((ROOT / "bench/results").glob("race_*.json"))]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == with_section(text, section(results))

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: help demo test lint types pytest format clean
+.PHONY: help demo test lint types pytest families format clean
 
 help:
 	@echo "make demo    prune a small model on embedded data and verify the bundle (OUT=$(OUT))"
@@ -26,6 +26,10 @@ types: $(VENV)/.installed-dev
 
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# README's table of families, from the results of its checks.
+families: $(VENV)/.installed-dev
+	$(BIN)/python tests/support_table.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

@@ -12,6 +12,7 @@ maps them: `tsv:dev.tsv?text=sentence`. Options, joined with `&`, special charac
 
     image= text= text2= label= score=   column by name; a number counts columns from 0 (csv, tsv)
     header=0                            csv, tsv: the first line is an example already
+    images=DIR                          csv, tsv: the column image names files in this folder beside the table
     labels=neg,pos                      names of the classes in the order of their indices
     lines=1                             text: one example per line that is not blank
     config=NAME                         hf: which configuration of the dataset
@@ -31,8 +32,8 @@ from deploy_prune.errors import DataError, UsageError, did_you_mean
 from deploy_prune.references import DATA_SCHEMES, Reference, data_reference, existing_path
 
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "csv": ("header",),
-    "tsv": ("header",),
+    "csv": ("header", "images"),
+    "tsv": ("header", "images"),
     "text": ("lines",),
     "hf": ("config",),
 }
@@ -123,7 +124,7 @@ def load_data(ref: str) -> Examples:
     }
     assert set(readers) == set(DATA_SCHEMES)
     columns = _mapped(readers[reference.scheme](reference), reference)
-    columns = _cut(columns, reference)
+    columns = _opened(_cut(columns, reference), reference)
     return Examples(ref, _indexed(columns, reference))
 
 
@@ -154,6 +155,22 @@ def _cut(columns: dict[str, Column], reference: Reference) -> dict[str, Column]:
         return Lazy(len(rows), lambda i: column[rows[i]])
 
     return {name: cut(column) for name, column in columns.items()}
+
+
+def _opened(columns: dict[str, Column], reference: Reference) -> dict[str, Column]:
+    """Image files of the folder that the option `images` names, in place of their names."""
+    folder = reference.options.get("images")
+    if folder is None:
+        return columns
+    if "image" not in columns:
+        raise DataError(
+            "no column 'image' names the files",
+            where=reference.text,
+            got=", ".join(columns),
+            remedy="Map it with ?image=COLUMN.",
+        )
+    place = existing_path(reference.location).parent / folder
+    return {**columns, "image": read.ImageFiles(columns["image"], place)}
 
 
 def _indexed(columns: dict[str, Column], reference: Reference) -> dict[str, Column]:

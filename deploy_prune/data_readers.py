@@ -32,6 +32,19 @@ class Lazy(Sequence[Any]):
         return self._make(index + self._size if index < 0 else index)
 
 
+class ImageFiles(Lazy):
+    """A column of images named by file; `keys` are the names, equal for rows that show the same image."""
+
+    def __init__(self, names: Sequence[Any], folder: Path) -> None:
+        self.keys = [str(name) for name in names]
+        files = [folder / name for name in self.keys]
+        if absent := [file for file in dict.fromkeys(files) if not file.is_file()]:
+            raise UnavailableError(
+                f"{len(absent)} image files are missing", where=str(folder), got=", ".join(f.name for f in absent[:3])
+            )
+        super().__init__(len(files), lambda i: open_image(files[i].read_bytes(), str(files[i])))
+
+
 def digits(reference: Reference) -> dict[str, Column]:
     """Images as float32 (8, 8) in [0, 1]; the test part is every fourth example of each class, in file order."""
     import numpy as np

@@ -247,7 +247,8 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
         check_sha256(files[0], reference.sha256)
     embedder = (folder / "modules.json").is_file()  # a sentence-transformers folder ships the encoder alone
     cls = _model_class(folder, embedder)
-    arguments.setdefault("attn_implementation", "sdpa")
+    if getattr(cls, "_supports_sdpa", True):
+        arguments.setdefault("attn_implementation", "sdpa")
     try:
         with _without_progress_bars():
             model, info = cls.from_pretrained(

@@ -18,6 +18,7 @@ __all__ = ["Batch", "Quality", "TASKS", "Task", "load_task", "task_class"]
 
 TASKS = {
     "image-classification": "deploy_prune.tasks.image_classification:ImageClassification",
+    "image-text": "deploy_prune.tasks.image_text:ImageText",
     "text-classification": "deploy_prune.tasks.text_classification:TextClassification",
     "causal-lm": "deploy_prune.tasks.causal_lm:CausalLM",
     "sentence-embedding": "deploy_prune.tasks.sentence_embedding:SentenceEmbedding",

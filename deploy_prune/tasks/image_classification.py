@@ -56,9 +56,15 @@ class ImageClassification(Classification):
         interpolation: str | None = None,
         crop_pct: float | None = None,
     ) -> ImageClassification:
-        """Images are prepared as the model's `pretrained_cfg` says, unless options say otherwise."""
+        """Images are prepared as the model's own configuration says, unless options say otherwise."""
         prepared = preparation(
-            model, image_size=image_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+            model,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            model_ref=model_ref,
         )
         classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(classes, int) or classes < 1:

@@ -64,13 +64,25 @@ def preparation(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
+    model_ref: str = "",
 ) -> Preparation:
-    """The preparation a timm model was trained with (its `pretrained_cfg`), explicit options first.
+    """The preparation a model was trained with, explicit options first: timm's `pretrained_cfg`, or for an `hf:`
+    reference the folder's `preprocessor_config.json`.
 
     The size of the patch grid, fixed when the model was built, goes before the one its weights were made at. Raises
     UsageError when neither the model nor the options say how.
     """
     config = dict(getattr(model, "pretrained_cfg", None) or {})
+    own: Any = getattr(model, "config", None)
+    own = getattr(own, "vision_config", own)
+    if hasattr(own, "image_size"):
+        edges = [own.image_size] * 2 if isinstance(own.image_size, int) else list(own.image_size)
+        config["input_size"] = (own.num_channels, *edges)
+        if model_ref.startswith("hf:") and (mean is None or std is None):
+            from deploy_prune.sources import model_folder
+            from deploy_prune.tasks.image_config import folder_images
+
+            config.update(folder_images(model_folder(model_ref)))
     channels, *grid = config.get("input_size", (3,))
     embedding = getattr(model, "patch_embed", None)
     if getattr(embedding, "img_size", None) is not None:

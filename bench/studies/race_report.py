@@ -128,7 +128,7 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
     over = summary(found)
     lines += [
         "",
-        f"Over {over.points} sizes ours is ahead {over.ahead} times and behind {over.behind} times; it loses "
+        f"Of {over.points} sizes ours is ahead at {over.ahead} and behind at {over.behind}; it loses "
         f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}: "
         f"{over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f}).",
     ]

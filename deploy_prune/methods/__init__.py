@@ -36,7 +36,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions, "separate"),
         Method("kwon", "Fisher information with mask search and rearrangement", kwon),
-        Method("obs", "optimal brain surgery on every site, compared by relative error", obs),
+        Method("obs", "optimal brain surgery on every site, the same share of each", obs, NoOptions, "uniform"),
         Method("flap", "fluctuation of the activations times squared weights, standardised", flap),
         Method(
             "wanda",

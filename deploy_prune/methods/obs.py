@@ -20,9 +20,11 @@ def obs(context: Context, _: NoOptions) -> Importance:
     """The rise of a site's squared output error, relative to its output, when a unit leaves and the others make up.
 
     Greedy, as in ZipLM (arXiv 2302.04089) and OSSCAR (arXiv 2403.12983), see `removal_costs`; H is the covariance of
-    what the output projection reads (its second moment when there is no bias to take the mean). Sites are compared by
-    relative error, as ZipLM does before its search. qk units are judged the same way by their part of the attention
-    logit, Σ_d z_d, with all weights 1. Heads, vo and neurons each leave as if they were the only kind.
+    what the output projection reads (its second moment when there is no bias to take the mean). Every site gives up the
+    same share, as in OSSCAR: on ViT-Tiny, ranking all sites by relative error kept less at 10, 30 and 50 % (64.8, 49.5
+    and 16.2 top-1 against 75.5, 55.6 and 19.0; heads and neurons, 216 images). qk units are judged the same way by
+    their part of the attention logit, Σ_d z_d, with all weights 1. Heads, vo and neurons each leave as if they were the
+    only kind.
     """
     moments = token_moments(context)
     importance = {}

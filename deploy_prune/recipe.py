@@ -38,15 +38,16 @@ class TaskPart(Part):
 
 
 class SearchPart(Part):
-    """How the order of leaving is found. `examples` null takes all calibration data; `allocation` and `basis`
-    null are the method's own; `options` are those of the method."""
+    """How the order of leaving is found. `examples` null takes all calibration data; `precision` auto is bf16 where it
+    is faster; `allocation`, `basis` and `stages` null are the method's own; `options` are those of the method."""
 
     method: str = "spp"
     examples: Count | None = None
     batch_size: Count = 16
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     allocation: Literal["global", "separate", "uniform"] | None = None
     basis: Literal["own", "principal"] | None = None
+    stages: list[Share] | None = None
     options: dict[str, Any] = {}
 
 

@@ -50,6 +50,11 @@ class SavedState:
         self.directory, self.identity, self.minutes = directory, identity, minutes
         self._last = time.monotonic()
 
+    def part(self, name: str) -> SavedState:
+        """The states of one part of the computation, in a directory of their own."""
+        directory = None if self.directory is None else self.directory / re.sub(r"[^A-Za-z0-9]+", "-", name)
+        return SavedState(directory, self.identity, self.minutes)
+
     def load(self, name: str) -> State | None:
         """The state last saved under `name`; None when there is none of this identity.
 

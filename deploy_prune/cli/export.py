@@ -102,7 +102,10 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
             where=path.model,
             remedy="Write it with `deploy-prune search` or `run`; from Python use path.plan and dp.export_onnx.",
         )
-    search = {name: options.pop(name, None) for name in ("examples", "batch_size", "precision", "allocation", "basis")}
+    search = {
+        name: options.pop(name, None)
+        for name in ("examples", "batch_size", "precision", "allocation", "basis", "stages")
+    }
     return {
         "name": "export",
         "model": path.model,

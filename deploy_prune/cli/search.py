@@ -10,6 +10,7 @@ import click
 from deploy_prune import distributed
 from deploy_prune.cli import console
 from deploy_prune.cli.run import resume_options
+from deploy_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from deploy_prune.pipeline.workspace import Mode
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 )
 @click.option("--examples", type=click.IntRange(1), help="Calibration examples.  [default: all]")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
 @click.option("--allocation", type=click.Choice(["global", "separate", "uniform"]), help="How sites share the cut.")
+@click.option("--stages", metavar="X,...", help="Sparsities at which what is left is judged again; '' for none.")
 @click.option(
     "--basis", type=click.Choice(["own", "principal"]), help="What a head's dimensions are.  [default: the method's]"
 )
@@ -55,6 +57,7 @@ def command(
     settings: tuple[str, ...],
     output: Path,
     until_resolved: bool,
+    stages: str | None,
     mode: Mode | None,
     as_json: bool,
     **how: Any,
@@ -86,7 +89,7 @@ def command(
                 "evaluation": evaluation,
                 "options": settings_of(task_options, "--task-option"),
             },
-            "search": {"method": method, "options": options, **how},
+            "search": {"method": method, "options": options, "stages": _shares(stages), **how},
             "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
             "compute": compute,
             "device": device,
@@ -109,3 +112,10 @@ def command(
             f"{len(report['groups'])} groups, {report['prunable parameters']} of {report['parameters']} "
             "parameters prunable"
         )
+
+
+def _shares(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError("--stages takes numbers separated by commas", expected=".2,.4", got=text) from None

@@ -15,19 +15,23 @@ from deploy_prune.blocks import activation_checkpointing, sharded
 from deploy_prune.budget import CostModel
 from deploy_prune.errors import UsageError, did_you_mean
 from deploy_prune.methods.activation_scores import corp, flap, wanda
-from deploy_prune.methods.base import BasisName, Context, Method, NoOptions, Precision
+from deploy_prune.methods.base import BasisName, Context, Method, NoOptions
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
 from deploy_prune.methods.compute import Compute, share
 from deploy_prune.methods.kwon import kwon
 from deploy_prune.methods.obs import obs
 from deploy_prune.methods.spp import SppOptions, spp
+from deploy_prune.methods.staged import blank, joined
 from deploy_prune.path import Allocation, SolutionPath
+from deploy_prune.precision import Precision, chosen_precision
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.refitting import collect_moments, refit
 from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deploy_prune.refitting import Moments
     from deploy_prune.tasks.base import Task
     from deploy_prune.units import Site
 
@@ -90,9 +94,10 @@ def search(
     *,
     allocation: Allocation | None = None,
     basis: BasisName | None = None,
+    stages: Sequence[float] | None = None,
     examples: int | None = None,
     batch_size: int = 16,
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     seed: int = 0,
     model_name: str | None = None,
     progress: Progress | None = None,
@@ -104,7 +109,8 @@ def search(
 
     The weights are frozen and unchanged afterwards. `examples` bounds the calibration subset (default: all).
     `allocation` says how units of different sites are ordered (see path.py); `basis` whether the qk and vo units are
-    the model's own dimensions or principal ones (see basis.py). Same seed, data and versions: same path.
+    the model's own dimensions or principal ones (see basis.py); `stages` at which sparsities what is still there is
+    judged again (see staged.py). Same seed, data and versions: same path.
     `compute` says in which pieces the work is done, `saved` where an interrupted search goes on. In a run of several
     processes every one calls this, and all get the same path.
     Raises UsageError (unknown method or option), UnsupportedModelError, DataError.
@@ -122,65 +128,82 @@ def search(
     if example is None:
         raise UsageError("no calibration data", where=task.name, remedy="Give the task calibration data.")
     device = next(model.parameters()).device
+    precision = chosen_precision(precision, device)
     original, training = model, model.training
     required = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:
         costs = CostModel.measure(model, sites, task.signature, example.to(device).inputs)
         rows = None
+        limit = min(examples or task.calibration_size, task.calibration_size)
+        order = task.calibration_order(task.calibration_items(limit), batch_size, seed)
         if (basis or entry.basis) == "principal":
             with placed(model, sites, compute) as ready:
-                order = task.calibration_order(
-                    task.calibration_items(min(examples or task.calibration_size, task.calibration_size)),
-                    batch_size,
-                    seed,
-                )
                 rows = _principal(ready, sites, task, order, compute, saved or SavedState(), progress or SILENT)
             model = in_basis(model, sites, rows)
-        torch.manual_seed(seed)
-        with placed(model, sites, compute) as ready:
-            context = Context(
-                ready,
-                sites,
-                costs,
-                task,
-                examples or task.calibration_size,
-                batch_size,
-                precision,
-                seed,
-                progress or SILENT,
-                compute,
-                saved or SavedState(),
+        at = tuple(sorted(entry.stages if stages is None else stages))
+        moments = _moments(original, sites, task, order, compute, progress) if at else None
+        path = None
+        for number, share in enumerate((0.0, *at)):
+            plan = None if path is None else path.plan(share)
+            if plan is not None:
+                assert moments is not None
+                model = blank(refit(original, plan, moments, basis=rows), sites, plan)
+            torch.manual_seed(seed)
+            own = (saved or SavedState()).part(f"stage {number}")
+            with placed(model, sites, compute) as ready:
+                context = Context(
+                    ready,
+                    sites,
+                    costs,
+                    task,
+                    examples or task.calibration_size,
+                    batch_size,
+                    precision,
+                    seed,
+                    progress or SILENT,
+                    compute,
+                    own,
+                )
+                if (state := own.load("importance")) is None:
+                    importance = {k: v.detach().cpu().double() for k, v in entry.run(context, parsed).items()}
+                    own.save("importance", importance, context.facts)
+                else:
+                    importance = state.tensors
+                    context.facts.update(state.facts)
+            distributed.require_same(
+                f"what {method} found",
+                {key: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:8] for key, value in importance.items()},
+                "A method must reduce its sums over the processes (Context.accumulate does); run it in one process.",
             )
-            importance = {key: value.detach().cpu().double() for key, value in entry.run(context, parsed).items()}
-        distributed.require_same(
-            f"what {method} found",
-            {key: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:8] for key, value in importance.items()},
-            "A method must reduce its sums over the processes (Context.accumulate does); run it in one process.",
-        )
+            if path is not None and plan is not None:
+                importance = joined(importance, path, plan, sites, costs)
+            path = SolutionPath.from_importance(
+                {key: value.numpy() for key, value in importance.items()},
+                allocation=allocation or entry.allocation,
+                model=name,
+                weights_sha256=hash_before,
+                sites=sites,
+                costs=costs,
+                method=method,
+                basis=rows,
+                options={
+                    "basis": basis or entry.basis,
+                    "stages": list(at),
+                    "examples": context.examples,
+                    "batch_size": batch_size,
+                    "precision": precision,
+                    "seed": seed,
+                    **parsed.model_dump(),
+                    **({"found": context.facts} if context.facts else {}),
+                },
+            )
     finally:
         original.train(training)
         for parameter, flag in zip(original.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
-    return SolutionPath.from_importance(
-        {key: value.numpy() for key, value in importance.items()},
-        allocation=allocation or entry.allocation,
-        model=name,
-        weights_sha256=hash_before,
-        sites=sites,
-        costs=costs,
-        method=method,
-        basis=rows,
-        options={
-            "basis": basis or entry.basis,
-            "examples": context.examples,
-            "batch_size": batch_size,
-            "precision": precision,
-            "seed": seed,
-            **parsed.model_dump(),
-            **({"found": context.facts} if context.facts else {}),
-        },
-    )
+    assert path is not None
+    return path
 
 
 @contextmanager
@@ -217,6 +240,26 @@ def _principal(
     rows = distributed.broadcast(rows)
     saved.save(label, rows, {})
     return rows
+
+
+def _moments(
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    task: Task,
+    order: list[list[int]],
+    compute: Compute,
+    progress: Progress | None,
+) -> Moments:
+    """What the refits between stages need, over all processes."""
+    progress = progress or SILENT
+    label = "moments for the stages"
+    progress.start(len(order), label)
+    try:
+        with placed(model, sites, compute) as ready:
+            batches = share(task, order, compute, progress)
+            return collect_moments(ready, sites, batches, task.signature, together=distributed.count() > 1)
+    finally:
+        progress.finish()
 
 
 def _name(model: nn.Module) -> str:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from deploy_prune.path import Allocation
     from deploy_prune.tasks.base import Batch, Task
 
-Precision = Literal["bf16", "fp32"]
 BasisName = Literal["own", "principal"]
 _TARGET = "target of the batch"  # beside the inputs' names, where a kept batch has its target
 # One tensor (units,) per unit key, larger = leaves later.
@@ -61,7 +60,7 @@ class Context:
     task: Task
     examples: int
     batch_size: int
-    precision: Precision
+    precision: Literal["bf16", "fp32"]
     seed: int
     progress: Progress = SILENT
     compute: Compute = field(default_factory=Compute)
@@ -204,7 +203,8 @@ class Method:
     """One registry entry: `run(context, options)` returns an importance per unit.
 
     `allocation` is how the path orders units across sites, `basis` which dimensions of a head its qk and vo units are
-    (basis.py), unless the user asks otherwise.
+    (basis.py), `stages` at which sparsities the units still there are judged again (staged.py), unless the user asks
+    otherwise.
     """
 
     name: str
@@ -213,3 +213,4 @@ class Method:
     options: type[Options] = NoOptions
     allocation: Allocation = "global"
     basis: BasisName = "own"
+    stages: tuple[float, ...] = ()

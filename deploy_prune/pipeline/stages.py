@@ -66,6 +66,7 @@ def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
             how.method,
             allocation=how.allocation,
             basis=how.basis,
+            stages=how.stages,
             examples=how.examples,
             batch_size=how.batch_size,
             precision=how.precision,

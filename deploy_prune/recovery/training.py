@@ -17,6 +17,7 @@ from deploy_prune.architecture import weights_sha256
 from deploy_prune.blocks import shard, whole
 from deploy_prune.errors import RecoveryError
 from deploy_prune.methods.compute import Compute
+from deploy_prune.precision import chosen_precision
 from deploy_prune.progress import Progress
 from deploy_prune.recovery.ema import Ema
 from deploy_prune.recovery.feed import Feed, split
@@ -235,14 +236,3 @@ class Training:
         mean = None if self.ema is None else self.ema.mean
         tensors = state_tensors(self.parameters, self.optimizer, mean, self.best_weights)
         saved.save(_NAME, tensors, self.standing.to_json())
-
-
-def chosen_precision(asked: str, device: torch.device) -> str:
-    """bf16 or fp32; "auto" is bf16 on GPUs that have it and on CPUs with AMX (`torch.cpu` tells only by this name).
-
-    AVX512-BF16 alone made a step of ViT-Tiny 1.7 times slower than fp32 (bench/notes.md).
-    """
-    if asked != "auto":
-        return asked
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"

@@ -43,6 +43,9 @@ def found(method: str, compute: Compute, **options: Any) -> dict[str, np.ndarray
     return {key: np.asarray(scores) for key, scores in path.scores.items()}
 
 
+ITERATED: dict[str, Any] = {"steps": 12, "objective": "distill", "basis": "own", "stages": []}
+
+
 def moments_in(directory: Path, compute: Compute, limit: float) -> dict[str, Any]:
     model, task = digits()
     sites = find_sites(model)
@@ -57,9 +60,9 @@ def everything(directory: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         "moments": moments_in(directory / "moments", Compute(micro_batch=5), 1e6),
         "moments sharded": moments_in(directory / "sharded", Compute(shard=True), 1e9),
-        "spp": found("spp", Compute(), steps=12),
+        "spp": found("spp", Compute(), **ITERATED),
         "fisher": found("fisher", Compute()),
-        "spp sharded": found("spp", Compute(shard=True, micro_batch=3, activation_checkpointing=True), steps=12),
+        "spp sharded": found("spp", Compute(shard=True, micro_batch=3, activation_checkpointing=True), **ITERATED),
         "fisher principal": found("fisher", Compute(shard=True, micro_batch=5), basis="principal"),
         "magnitude sharded": found("magnitude", Compute(shard=True)),
     }
@@ -90,11 +93,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["spp", "fisher"])
 def test_two_processes_find_the_path_of_one(two: list[dict[str, Any]], method: str) -> None:
-    assert_same_path(two[0][method], found(method, Compute(), **({"steps": 12} if method == "spp" else {})))
+    assert_same_path(two[0][method], found(method, Compute(), **(ITERATED if method == "spp" else {})))
 
 
 def test_sharded_weights_in_small_pieces_find_the_same_path(two: list[dict[str, Any]]) -> None:
-    assert_same_path(two[0]["spp sharded"], found("spp", Compute(), steps=12))
+    assert_same_path(two[0]["spp sharded"], found("spp", Compute(), **ITERATED))
     assert_same_path(two[0]["magnitude sharded"], found("magnitude", Compute()))
     assert_same_path(two[0]["fisher principal"], found("fisher", Compute(), basis="principal"))
 

@@ -52,10 +52,9 @@ class StopAt:
 def find(digits: tuple[Any, Any], method: str, **how: Any) -> Any:
     model, task = digits
     method, _, basis = method.partition(" ")
-    options = {"steps": STEPS} if method == "spp" else {}
-    return search(
-        model, task, method, basis=basis or None, examples=64, batch_size=16, precision="fp32", **options, **how
-    )
+    options = {"steps": STEPS, "objective": "distill", "stages": []} if method == "spp" else {}
+    settings = {"examples": 64, "batch_size": 16, "precision": "fp32", **options, **how}
+    return search(model, task, method, basis=basis or "own", **settings)
 
 
 def saved(directory: Path, identity: str = "this search") -> SavedState:

@@ -15,7 +15,7 @@ from deploy_prune.methods import METHODS, search
 from deploy_prune.tasks import load_task
 from deploy_prune.units import UnitKind, groups, unit_key
 
-FAST = {"spp": {"steps": 40}}
+FAST = {"spp": {"steps": 40, "objective": "distill", "basis": "own", "stages": []}}
 
 
 @pytest.fixture(scope="module")

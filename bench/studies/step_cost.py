@@ -60,7 +60,7 @@ def measure(name: str, steps: int, precision: str) -> dict[str, Any]:
     sites = find_sites(model)
     costs = CostModel.measure(model, sites, task.signature, next(task.calibration_batches([[0]])).inputs)
     context = Context(model, sites, costs, task, task.calibration_size, task.batch, precision, 0)  # type: ignore[arg-type]
-    search = SppSearch(context, SppOptions(steps=10 * steps))
+    search = SppSearch(context, SppOptions(steps=10 * steps, objective="distill"))
     times: dict[str, list[float]] = {"plain": [], "spp": []}
     generator = np.random.default_rng(0)
     for round_ in range(steps + 3):

@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("spp", "solution path by differential inclusion on the gates", spp, SppOptions, "separate"),
+        Method(
+            "spp",
+            "solution path by differential inclusion on the gates",
+            spp,
+            SppOptions,
+            basis="principal",
+            stages=(0.15, 0.3, 0.45, 0.6),
+        ),
         Method("kwon", "Fisher information with mask search and rearrangement", kwon),
         Method("obs", "optimal brain surgery on every site, the same share of each", obs, NoOptions, "uniform"),
         Method("flap", "fluctuation of the activations times squared weights, standardised", flap),

@@ -1,7 +1,8 @@
 """SPP: a solution path by differential inclusion on the gates (arXiv 2501.03289), weights frozen.
 
-One run of split linearised Bregman iteration lets units enter the support of Γ one after another, most needed
-first. The time of entry is the path: one search, every sparsity.
+Split linearised Bregman iteration lets units enter the support of Γ one after another, most needed first. The time of
+entry is the path: one search, every sparsity. On the loss's second-order model, the default, the path is known in closed
+form (spp_quadratic.py); here it is iterated through the model itself.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from deploy_prune.activations import watching
-from deploy_prune.errors import DataError, UnresolvedError
+from deploy_prune.errors import UnresolvedError
 from deploy_prune.gates import open_gates
 from deploy_prune.methods.base import Context, Importance, Options
 from deploy_prune.methods.inclusion import BETA1, Inclusion, ReleasedInclusion, SplitLBI
-from deploy_prune.methods.statistics import gate_statistics
+from deploy_prune.methods.spp_quadratic import quadratic_inclusion
+from deploy_prune.methods.statistics import gate_statistics, require_labels
 from deploy_prune.saved_state import State
 from deploy_prune.tasks.base import Batch
 from deploy_prune.units import PER_HEAD, groups, unit_key
 
-Objective = Literal["distill", "task"]
+Objective = Literal["quadratic", "distill", "task"]
 _LOSS = "loss"  # beside the unit keys, in sums over rows
 FLOOR = 1e-5  # of 1/ν; losses are in nats per example, where useful couplings lie between 1e-4 and 1e-2
 
@@ -61,10 +63,10 @@ class SppOptions(Options):
     )
     resolved: float = Field(0.98, gt=0, le=1, description="share of units that must have entered for a resolved path")
     patience: int = Field(10, ge=1, description="most steps of until_resolved, in units of `steps`")
-    objective: Objective | None = Field(
-        None,
-        description="distance to the dense outputs, or the task's own loss; "
-        "unset: distill, but task for causal-lm, whose outputs are too large to keep",
+    objective: Objective = Field(
+        "quadratic",
+        description="the loss of the inclusion: its second-order model, solved in closed form (most other options do not "
+        "matter then); or iterated through the model: the distance to the dense outputs, or the task's own loss",
     )
 
 
@@ -84,7 +86,7 @@ class SppSearch:
 
     def __init__(self, context: Context, options: SppOptions) -> None:
         self.context, self.options = context, options
-        self.objective: Objective = options.objective or ("task" if context.task.name == "causal-lm" else "distill")
+        self.objective = options.objective
         self.batches = context.order()
         means, self.dense_loss = self._look()
         self.fisher = self._fisher() if options.curvature else None
@@ -214,13 +216,7 @@ class SppSearch:
 
     def _fisher(self) -> dict[str, Tensor]:
         """F, the mean over examples of (∂ℓ/∂m)², by unit key. Raises DataError for unlabeled calibration data."""
-        example = next(self.context.task.calibration_batches([self.batches[0][:1]]))
-        if example.target is None:
-            raise DataError(
-                "spp's curvature needs labeled calibration data",
-                where=self.context.task.name,
-                remedy="Set the option curvature to 0 (search.options.curvature=0), or give labels.",
-            )
+        require_labels(self.context, "spp with curvature")
         statistics = gate_statistics(self.context, "spp: curvature", self.options.curvature_examples)
         return {key: (c / statistics.examples).float() for key, c in statistics.curvature.items()}
 
@@ -257,4 +253,6 @@ class SppSearch:
 
 def spp(context: Context, options: SppOptions) -> Importance:
     """One search: every unit's importance from its time of entry."""
+    if options.objective == "quadratic":
+        return quadratic_inclusion(context, deviation=options.deviation)
     return SppSearch(context, options).run()

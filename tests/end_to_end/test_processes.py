@@ -21,7 +21,24 @@ LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 def search(out: Path, *more: str) -> list[str]:
     return [
         *("search", "python:mortal:digits", "--task", "image-classification", "--data", "digits:train"),
-        *("--method", "spp", "--set", "steps=20", "--examples", "50", "--precision", "fp32", "--device", "cpu"),
+        *(
+            "--method",
+            "spp",
+            "--set",
+            "steps=20",
+            "--set",
+            "objective=distill",
+            "--stages",
+            "",
+            "--basis",
+            "own",
+            "--examples",
+            "50",
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+        ),
         *("--checkpoint-minutes", "0", "-o", str(out), *more),
     ]
 

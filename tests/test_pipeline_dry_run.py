@@ -59,7 +59,7 @@ def test_unknown_options_of_task_and_method_are_reported() -> None:
 
 def test_options_of_another_method_come_with_the_way_out() -> None:
     with pytest.raises(UsageError, match=r"--set search\.options=\{\}") as caught:
-        check_names(load_recipe("digits", ["search.method=magnitude"]))
+        check_names(load_recipe("digits", ["search.options={steps: 20}", "search.method=magnitude"]))
     assert caught.value.problems == ("search.options.steps: unknown key. (it takes none)",)
     check_names(load_recipe("digits", ["search.method=magnitude", "search.options={}"]))
 

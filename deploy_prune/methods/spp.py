@@ -1,8 +1,8 @@
 """SPP: a solution path by differential inclusion on the gates (arXiv 2501.03289), weights frozen.
 
 Split linearised Bregman iteration lets units enter the support of Γ one after another, most needed first. The time of
-entry is the path: one search, every sparsity. On the loss's second-order model, the default, the path is known in closed
-form (spp_quadratic.py); here it is iterated through the model itself.
+entry is the path: one search, every sparsity. On the loss's second-order model, the default, the path is known in
+closed form (spp_quadratic.py); here it is iterated through the model itself.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class SppOptions(Options):
     patience: int = Field(10, ge=1, description="most steps of until_resolved, in units of `steps`")
     objective: Objective = Field(
         "quadratic",
-        description="the loss of the inclusion: its second-order model, solved in closed form (most other options do not "
-        "matter then); or iterated through the model: the distance to the dense outputs, or the task's own loss",
+        description="the loss of the inclusion: its second-order model, in closed form (only `deviation` matters "
+        "then); or iterated through the model: the distance to the dense outputs, or the task's own loss",
     )
 
 

@@ -14,8 +14,8 @@ from deploy_prune.tasks.base import Batch
 def quadratic_inclusion(context: Context, *, deviation: bool = True) -> Importance:
     """Importance F_u of every unit, whose entry time in the inclusion is c_u/F_u up to what all units share.
 
-    On L(M) = ½ Σ_u F_u (1 − M_u)² with coupling 1/ν_u = c_u/ν, where c_u are a unit's parameters, and while Γ_u = 0, the
-    gate rests at M_u = F_u / (F_u + c_u/ν), and V with V̇_u = ρ M_u (ρ = α/ν a step, the same for all) reaches 1 at
+    On L(M) = ½ Σ_u F_u (1 − M_u)² with coupling 1/ν_u = c_u/ν, c_u a unit's parameters, and while Γ_u = 0, the gate
+    rests at M_u = F_u / (F_u + c_u/ν), and V with V̇_u = ρ M_u (ρ = α/ν a step, the same for all) reaches 1 at
         t_u = 1 / (ρ M_u) = (1 + c_u / (ν F_u)) / ρ,
     so that the order of entry is that of F_u/c_u: no step needs to be taken. F_u is the diagonal Fisher information of
     the gates, the mean over examples of (∂ℓ/∂m_u)²; with `deviation` a gate scales the deviation of the activation from

@@ -69,9 +69,9 @@ def saved(directory: Path, identity: str = "this search") -> SavedState:
         ("spp", "spp: search", 1),
         ("spp", "spp: search", 9),
         ("spp", "spp: search", 15),
-        ("fisher", "fisher", 2),
-        ("taylor", "taylor", 3),
-        ("fisher principal", "fisher", 2),
+        ("fisher", "gate gradients", 2),
+        ("taylor", "gate gradients", 3),
+        ("fisher principal", "gate gradients", 2),
     ],
 )
 def test_an_interrupted_search_ends_in_the_same_bytes(

@@ -209,13 +209,17 @@ def test_a_member_that_is_not_what_was_planned_stops_the_run_with_exit_1_and_lea
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import converters.surgery
+    from deploy_prune.layers import layer_at, matrix
 
-    right = converters.surgery.cut_linear
+    right = converters.surgery.cut
 
-    def wrong(layer: Any, features: Any, axis: Any) -> None:
-        right(layer, list(features)[::-1] if axis == "in" else features, axis)  # units in another order
+    def wrong(model: Any, name: str, axis: Any, stays: Any) -> None:
+        right(model, name, axis, stays)
+        weight = matrix(layer_at(model, name))
+        if axis == "in":
+            weight.copy_(weight.flip(1))  # units in another order
 
-    monkeypatch.setattr(converters.surgery, "cut_linear", wrong)
+    monkeypatch.setattr(converters.surgery, "cut", wrong)
     out = tmp_path / "out"
     assert run_command(arguments(out)) == 1
     assert "masked -> compact" in capsys.readouterr().err

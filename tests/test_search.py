@@ -128,3 +128,15 @@ def test_the_same_dimensions_leave_every_head_when_asked(model, task):
     site = next(s for s in path.sites if s.heads)
     order = path.scores[f"{site.name}/vo"].reshape(site.kv_heads, -1)
     assert all(np.array_equal(order[0], lane) for lane in order)
+
+
+def test_the_variant_for_language_models_multiplies_the_path_by_weights_and_activations(model, task):
+    """Slots are sums over heads, so the order is compared on neurons, which are alone."""
+    quadratic = {"objective": "quadratic"}
+    plain, weighted = (find(model, task, "spp", **quadratic, weighted=w) for w in (False, True))
+    wanda = find(model, task, "wanda")
+    key = next(key for key in plain.scores if key.endswith("neuron"))
+    ranks = [np.argsort(np.argsort(path.scores[key])) for path in (plain, weighted, wanda)]
+    correlation = np.corrcoef(ranks)
+    assert correlation[1, 2] > correlation[0, 2], "the weighted order is nearer to Wanda's"
+    assert not np.array_equal(ranks[0], ranks[1])

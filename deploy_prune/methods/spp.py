@@ -18,7 +18,8 @@ from torch import Tensor
 from deploy_prune.activations import watching
 from deploy_prune.errors import UnresolvedError
 from deploy_prune.gates import open_gates
-from deploy_prune.methods.base import Context, Importance, Options
+from deploy_prune.methods.activation_scores import wanda
+from deploy_prune.methods.base import Context, Importance, NoOptions, Options
 from deploy_prune.methods.inclusion import BETA1, Inclusion, ReleasedInclusion, SplitLBI
 from deploy_prune.methods.spp_quadratic import quadratic_inclusion
 from deploy_prune.methods.statistics import gate_statistics, require_labels
@@ -50,6 +51,9 @@ class SppOptions(Options):
     curvature_examples: int = Field(256, ge=1, description="calibration examples for the Fisher quadratic")
     adaptive: bool = Field(True, description="divide the gate step by the gradient's running root mean square (Adam)")
     deviation: bool = Field(True, description="gates scale the deviation from the mean activation, not the activation")
+    weighted: bool = Field(
+        False, description="the paper's variant for language models: times weight magnitude and input activations"
+    )
     variant: Literal["equations", "released"] = Field(
         "equations", description="the paper's equations, or the iteration of its released code, which departs from them"
     )
@@ -252,7 +256,16 @@ class SppSearch:
 
 
 def spp(context: Context, options: SppOptions) -> Importance:
-    """One search: every unit's importance from its time of entry."""
+    """One search: every unit's importance from its time of entry.
+
+    With `weighted`, the paper's variant for language models, it is multiplied by Σ_i |W_ij| ‖X_j‖, the unit's weights
+    times its input activations over the calibration text (Wanda-sp).
+    """
     if options.objective == "quadratic":
-        return quadratic_inclusion(context, deviation=options.deviation)
-    return SppSearch(context, options).run()
+        found = quadratic_inclusion(context, deviation=options.deviation)
+    else:
+        found = SppSearch(context, options).run()
+    if not options.weighted:
+        return found
+    weights = wanda(context, NoOptions())
+    return {key: value.double() * weights[key].to(value.device).double() for key, value in found.items()}

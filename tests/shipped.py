@@ -95,10 +95,11 @@ def _build_bundle(model: nn.Module, bundle: Path) -> Path:
     from deploy_prune.release import bundle as bundling
     from deploy_prune.release.manifest import BaseModelEntry, Manifest, QualityEntry, SamplesEntry, TensorEntry
     from deploy_prune.release.samples import record_samples
-    from deploy_prune.units import groups
+    from deploy_prune.units import PER_HEAD, groups
 
     sites, sha256, signature = find_sites(model), weights_sha256(model), SIGNATURES["tiny_vit"]
-    kept = {(s.name, k): range(1, s.counts[k]) for s, k in groups(sites)}
+    # without the first head, all of its dimensions, and the first neuron
+    kept = {(s.name, k): range(s.counts[k] if k in PER_HEAD else 1, s.units(k)) for s, k in groups(sites)}
     costs = Costs(sparsity=0.02, params=1, macs=1, bytes=4, units={"head": 4, "neuron": 190})
     plan = plan_from_units(
         "timm:tiny",

@@ -14,12 +14,12 @@ from deploy_prune import distributed
 from deploy_prune.layers import layer_at, width
 from deploy_prune.methods.compute import Compute, share
 from deploy_prune.progress import SILENT, Progress
-from deploy_prune.refitting import collect_moments, load_moments, save_moments
+from deploy_prune.refitting import EMPHASIS, collect_moments, load_moments, save_moments
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deploy_prune.tasks.base import Task
+    from deploy_prune.tasks.base import Losses, Task
     from deploy_prune.units import Site
 
 MATRICES = 3  # of d x d float64 that a site takes at the most: the sum, the result and what is reduced
@@ -52,13 +52,16 @@ def collect_to(
     order: Sequence[Sequence[int]],
     *,
     limit: float,
+    losses: Losses | None = None,
+    emphasis: float = EMPHASIS,
     compute: Compute | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Write the moments of all sites over the batches `order` into `directory`, for `load_moments`.
 
-    Every process of the run takes part; the main one writes. Groups that an earlier call left whole in `directory` are
-    not made again: it must be one for this model, data and order alone. Raises what `collect_moments` raises.
+    `losses` and `emphasis` are as for `collect_moments`. Every process of the run takes part; the main one writes.
+    Groups that an earlier call left whole in `directory` are not made again: it must be one for this model, data, order
+    and emphasis alone. Raises what `collect_moments` raises.
     """
     compute = compute or Compute()
     groups = groups_within(model, sites, limit)
@@ -70,7 +73,15 @@ def collect_to(
                 progress.advance(len(order))
                 continue
             batches = share(task, order, compute, progress)
-            moments = collect_moments(model, group, batches, task.signature, together=distributed.count() > 1)
+            moments = collect_moments(
+                model,
+                group,
+                batches,
+                task.signature,
+                losses=losses,
+                emphasis=emphasis,
+                together=distributed.count() > 1,
+            )
             file = directory / f"{group[0].name}.safetensors"
             distributed.from_main(lambda moments=moments, file=file: save_moments(moments, file))  # type: ignore[misc]
     finally:

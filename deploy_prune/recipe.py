@@ -105,10 +105,13 @@ class FamilyPart(Part):
 
 
 class RefitPart(Part):
-    """The closed-form correction of the weights that stay. `examples` null takes all calibration data."""
+    """The closed-form correction of the weights that stay. `examples` null takes all calibration data. `emphasis` is
+    how far a token counts by what the loss feels of it (needs labels, and a pass backward); null: 0.3 where the
+    calibration data has labels, else 0."""
 
     enabled: bool = True
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    emphasis: Annotated[float, Field(ge=0, le=1)] | None = None
     examples: Count | None = 1024
     batch_size: Count = 32
 

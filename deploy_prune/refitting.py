@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy_prune import distributed
-from deploy_prune.activations import watching
+from deploy_prune.activations import Watch, watching, watching_gradients
 from deploy_prune.adapters import find_sites
 from deploy_prune.basis import Basis, in_basis, reading_matrix, require_basis
 from deploy_prune.errors import ArtifactError, DataError, RefitError
@@ -26,10 +26,13 @@ from deploy_prune.units import Site
 
 if TYPE_CHECKING:
     from deploy_prune.signature import Signature
+    from deploy_prune.tasks.base import Losses
 
 # Relative to the mean diagonal. On held-out calibration images of ViT-Tiny 1e-4 and 1e-3 are equal within noise
 # (bench/notes.md).
 RIDGE = 1e-3
+# Of what the loss feels, in the weight of a token; 0.15 to 0.5 are alike on ViT-Tiny (bench/notes.md).
+EMPHASIS = 0.3
 
 
 @dataclass(frozen=True)
@@ -53,78 +56,142 @@ Moments = Mapping[str, SiteMoments]
 
 
 class _Accumulator:
-    """Sums of x − s and (x − s)(x − s)ᵀ with s the first batch's mean, so that float32 products lose nothing."""
+    """Sums of w, w (x − s) and w (x − s)(x − s)ᵀ with s the first batch's mean: float32 products lose nothing."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.shift = self.first = self.product = torch.empty(0)
+        self.tokens = 0
+        self.weight = self.shift = self.first = self.product = torch.zeros((), dtype=torch.float64)
 
-    def add(self, x: Tensor) -> None:
-        """Take tokens x (n, d)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take tokens x (n, d) with weights (n,), by default 1."""
         x = x.float()
-        if not self.count:
+        if not self.tokens:
             self.shift = x.mean(0)
-            self.first = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-            self.product = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         centred = x - self.shift
-        self.count += len(x)
-        self.first += centred.sum(0, dtype=torch.float64)
-        self.product += (centred.T @ centred).double()
+        heavy = centred if weights is None else centred * weights[:, None]
+        self.tokens += len(x)
+        self.weight = self.weight + (len(x) if weights is None else weights.sum(dtype=torch.float64).cpu())
+        self.first = heavy.sum(0, dtype=torch.float64) + self.first.to(x.device)
+        self.product = (heavy.T @ centred).double() + self.product.to(x.device)
 
     def result(self) -> SiteMoments:
-        shift = self.shift.double()
-        offset = self.first / self.count
-        mean = shift + offset
-        covariance = self.product / self.count - torch.outer(offset, offset)
-        return SiteMoments(self.count, mean.cpu(), (covariance + torch.outer(mean, mean)).cpu())
+        offset = self.first.cpu() / self.weight
+        mean = self.shift.double().cpu() + offset
+        covariance = self.product.cpu() / self.weight - torch.outer(offset, offset)
+        return SiteMoments(self.tokens, mean, covariance + torch.outer(mean, mean))
 
 
-@torch.no_grad()
 def collect_moments(
     model: nn.Module,
     sites: Sequence[Site],
     batches: Iterable[Batch],
     signature: Signature,
     *,
+    losses: Losses | None = None,
+    emphasis: float = EMPHASIS,
     progress: Progress = SILENT,
     together: bool = False,
 ) -> dict[str, SiteMoments]:
     """Stream calibration `batches` through the dense model; padding tokens are left out.
 
+    With `losses`, tokens count by how much the loss feels an error there: with y the output of a site's projection and
+    a = `emphasis`, token t has the weight
+        w_t = (1 − a) + a ‖∂ℓ/∂y_t‖² / mean_t ‖∂ℓ/∂y_t‖²,
+    which costs a pass backward. An error e_t changes the loss by ∂ℓ/∂y_t · e_t to first order, so that least squares
+    under w lowers a bound of E(Δℓ)²; the plain part keeps the tokens that these losses happen not to feel.
     `together`: every process of the run streams its share, and all get the moments of the whole. Memory: one (d, d)
-    float64 matrix per site, a few more while they are made, never the activations. Raises DataError when there is no
-    batch, RefitError when activations are not finite.
+    float64 matrix per site, two with `losses`, a few more while they are made, never all activations. Raises DataError
+    when there is no batch, RefitError when activations are not finite.
     """
-    sums = {site.name: _Accumulator() for site in sites}
-    device = next(model.parameters()).device
-    with watching(model, sites, lambda name, x: sums[name].add(x)) as watch:
-        for batch in batches:
-            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-            watch.attend(signature, inputs)
-            watch.idle = isinstance(batch, IdleBatch)
-            signature.call(model, inputs)
-            progress.advance(len(next(iter(inputs.values()))))
-    moments = {name: s.result() for name, s in sums.items() if s.count}
-    if together:
-        moments = _of_all_processes(moments)
-    if len(moments) < len(sums):
+    plain = {site.name: _Accumulator() for site in sites}
+    felt = {site.name: _Accumulator() for site in sites}
+    if losses is None or not emphasis:
+        _stream(model, sites, batches, signature, plain, progress)
+    else:
+        _stream_felt(model, sites, batches, signature, losses, plain, felt, progress)
+    found = _results(plain, together)
+    if len(found) < len(sites):
         raise DataError("no calibration data for the refit", remedy="Give the task calibration data.")
-    bad = [name for name, m in moments.items() if not torch.isfinite(m.second).all()]
+    if losses is not None and emphasis:
+        found = _mixed(found, _results(felt, together), emphasis)
+    bad = [name for name, m in found.items() if not torch.isfinite(m.second).all()]
     if bad:
         raise RefitError("activations are not finite", problems=bad, remedy="Check the model and its inputs.")
-    return moments
+    return found
 
 
-def _of_all_processes(moments: Moments) -> dict[str, SiteMoments]:
-    """Σ n x̄ / Σ n over the processes, one site at a time."""
+@torch.no_grad()
+def _stream(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    signature: Signature,
+    sums: dict[str, _Accumulator],
+    progress: Progress,
+) -> None:
+    with watching(model, sites, lambda name, x: sums[name].add(x)) as watch:
+        for _, inputs in _attended(model, batches, signature, watch):
+            signature.call(model, inputs)
+            progress.advance(len(next(iter(inputs.values()))))
+
+
+@torch.enable_grad()
+def _stream_felt(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    signature: Signature,
+    losses: Losses,
+    plain: dict[str, _Accumulator],
+    felt: dict[str, _Accumulator],
+    progress: Progress,
+) -> None:
+    def see(name: str, x: Tensor, squares: Tensor) -> None:
+        plain[name].add(x)
+        felt[name].add(x, squares)
+
+    with watching_gradients(model, sites, see) as watch:
+        for batch, inputs in _attended(model, batches, signature, watch):
+            output = signature.call(model, inputs).float()
+            watch.backward(output.sum() if watch.idle else losses(output, batch).sum())
+            progress.advance(len(batch))
+
+
+def _attended(
+    model: nn.Module, batches: Iterable[Batch], signature: Signature, watch: Watch
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Each batch on the model's device, with its inputs, the watch set to leave out what does not count."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        there = batch.to(device)
+        watch.attend(signature, there.inputs)
+        watch.idle = isinstance(batch, IdleBatch)
+        yield there, there.inputs
+
+
+def _results(sums: Mapping[str, _Accumulator], together: bool) -> dict[str, SiteMoments]:
+    """Moments of the sites whose tokens had any weight, of all processes if `together`, one site at a time."""
+    if not together:
+        return {name: s.result() for name, s in sums.items() if s.weight}
     total: dict[str, SiteMoments] = {}
-    for name in sorted(set().union(*distributed.all_gather(set(moments)))):
-        own = moments.get(name)
-        sums = {} if own is None else {"mean": own.count * own.mean, "second": own.count * own.second}
-        count = sum(distributed.all_gather(own.count if own else 0))
-        reduced = distributed.reduce(sums)
-        total[name] = SiteMoments(count, reduced["mean"] / count, reduced["second"] / count)
+    for name, s in sums.items():
+        weight, tokens = (sum(part) for part in zip(*distributed.all_gather((float(s.weight), s.tokens)), strict=True))
+        if weight:
+            own = s.result() if s.weight else None
+            reduced = distributed.reduce(
+                {} if own is None else {"mean": s.weight * own.mean, "second": s.weight * own.second}
+            )
+            total[name] = SiteMoments(tokens, reduced["mean"] / weight, reduced["second"] / weight)
     return total
+
+
+def _mixed(plain: Moments, felt: Moments, share: float) -> dict[str, SiteMoments]:
+    """Moments under w = (1 − share) + share · (felt weights, of mean 1); plain ones where the loss felt no token."""
+    mixed = dict(plain)
+    for name, f in felt.items():
+        p = plain[name]
+        mixed[name] = SiteMoments(p.count, p.mean.lerp(f.mean, share), p.second.lerp(f.second, share))
+    return mixed
 
 
 def refit_output(

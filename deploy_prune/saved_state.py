@@ -55,6 +55,10 @@ class SavedState:
         directory = None if self.directory is None else self.directory / re.sub(r"[^A-Za-z0-9]+", "-", name)
         return SavedState(directory, self.identity, self.minutes)
 
+    def narrowed(self, identity: str) -> SavedState:
+        """The same place, for a computation that depends on `identity` as well."""
+        return SavedState(self.directory, f"{self.identity}|{identity}", self.minutes)
+
     def load(self, name: str) -> State | None:
         """The state last saved under `name`; None when there is none of this identity.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from forms import output, random_path, relative_error, signature_of
@@ -15,6 +13,7 @@ from deploy_prune.errors import ArtifactError, DataError, PlanError
 from deploy_prune.gates import masked
 from deploy_prune.path import SolutionPath
 from deploy_prune.refitting import collect_moments, refit
+from deploy_prune.tasks.base import Batch
 from deploy_prune.units import UnitKind, unit_key
 
 FAMILIES = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")
@@ -22,15 +21,7 @@ FAMILIES = ("tiny_vit", "tiny_bert", "tiny_distilbert", "tiny_llama")
 
 def batches(signature, count=4):
     sizes = {"batch": 8, "sequence": 9}
-    return [Rows(signature.random_inputs(sizes, seed=i, padding=True)) for i in range(count)]
-
-
-class Rows(SimpleNamespace):
-    def __init__(self, inputs):
-        super().__init__(inputs=inputs)
-
-    def __len__(self):
-        return len(next(iter(self.inputs.values())))
+    return [Batch(signature.random_inputs(sizes, seed=i, padding=True), None) for i in range(count)]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from forms import FEW, output, random_path, relative_error, signature_of
@@ -22,11 +20,12 @@ from deploy_prune.refitting import (
     refit_output,
     save_moments,
 )
+from deploy_prune.tasks.base import Batch
 
 
 def batches(signature, count=4, padding=False):
     sizes = {"batch": 8, "sequence": 9}
-    return [SimpleNamespace(inputs=signature.random_inputs(sizes, seed=i, padding=padding)) for i in range(count)]
+    return [Batch(signature.random_inputs(sizes, seed=i, padding=padding), None) for i in range(count)]
 
 
 @pytest.fixture(params=FEW)
@@ -184,3 +183,43 @@ def test_bad_refit_requests_are_refused(tiny_vit, tiny_bert):
     bad[1].inputs["pixel_values"][:] = torch.nan
     with pytest.raises(RefitError, match="not finite"):
         collect_moments(tiny_vit, path.sites, bad, signature)
+
+
+def test_tokens_count_by_what_the_loss_feels_of_them(family):
+    """The weights' definition, on the model itself: w_t = (1 − a) + a ‖∂ℓ/∂y_t‖² / mean, over the valid tokens."""
+    signature, model = family
+    sites = find_sites(model)
+    data = batches(signature, count=2)
+    emphasis = 0.4
+
+    def losses(out: torch.Tensor, batch) -> torch.Tensor:
+        return out.float().flatten(1).square().mean(1)
+
+    found = collect_moments(model, sites, data, signature, losses=losses, emphasis=emphasis)
+    site = sites[0]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(module, args, out):
+        out = out + torch.zeros((), requires_grad=True)
+        out.retain_grad()
+        seen.append((args[0].detach(), out))
+        return out
+
+    handle = model.get_submodule(site.out).register_forward_hook(keep)
+    xs, squares = [], []
+    mask = next((spec.name for spec in signature.inputs if spec.role == "mask"), None)
+    for batch in data:
+        seen.clear()
+        losses(signature.call(model, batch.inputs), batch).sum().backward()
+        for x, y in seen:
+            valid = ... if mask is None else batch.inputs[mask].bool()
+            xs.append(x[valid].reshape(-1, x.shape[-1]).double())
+            squares.append(y.grad[valid].reshape(-1, y.shape[-1]).double().square().sum(1))
+    handle.remove()
+    model.zero_grad()
+    x, g = torch.cat(xs), torch.cat(squares)
+    w = (1 - emphasis) + emphasis * g / g.mean()
+    mean = (w[:, None] * x).mean(0)
+    torch.testing.assert_close(found[site.name].mean, mean, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[site.name].second, (w[:, None] * x).T @ x / len(x), rtol=1e-3, atol=1e-5)
+    assert not any(p.grad is not None and p.grad.abs().sum() for p in model.parameters())

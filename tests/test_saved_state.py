@@ -110,6 +110,13 @@ def test_a_state_of_another_search_is_not_taken_up(tmp_path: Path) -> None:
     assert saved(tmp_path, "one").load("other") is None
 
 
+def test_what_another_method_left_is_not_taken_up(digits: tuple[Any, Any], tmp_path: Path) -> None:
+    alone = find(digits, "magnitude")
+    find(digits, "fisher", saved=saved(tmp_path))
+    after = find(digits, "magnitude", saved=saved(tmp_path))
+    assert after.content_sha256() == alone.content_sha256()
+
+
 def test_states_are_saved_when_their_time_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])

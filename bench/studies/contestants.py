@@ -32,6 +32,7 @@ class Contestant:
     own: Compensation = "none"
     kinds: tuple[str, ...] | None = None
     ours: bool = False
+    our_refit: bool = False  # also as its own
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -49,7 +50,9 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("flap", "arXiv 2312.11983", "flap", "mean", HEADS_AND_NEURONS),
         Contestant("wanda-sp", "arXiv 2306.11695, 2312.11983", "wanda", "none", HEADS_AND_NEURONS),
         Contestant("corp", "arXiv 2602.05243", "corp", "ridge"),
-        Contestant("fisher", "diagonal Fisher information of the gates", "fisher", "ridge", HEADS_AND_NEURONS),
+        Contestant(
+            "fisher", "diagonal Fisher information of the gates", "fisher", "ridge", HEADS_AND_NEURONS, our_refit=True
+        ),
         Contestant("taylor", "first-order Taylor of the gates", "taylor"),
         Contestant("magnitude", "squared weights of coupled rows and columns", "magnitude"),
         Contestant("random", "the floor", "random"),

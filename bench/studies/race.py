@@ -10,6 +10,7 @@ race that was killed goes on at the row it was at; `--again NAME` makes one cont
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ class Race:
     prunable: int
     paths: dict[str, SolutionPath] = field(default_factory=dict)
     peers: dict[str, Prune] = field(default_factory=dict)
-    _moments: Moments | None = None
+    _moments: dict[bool, Moments] = field(default_factory=dict)
 
     @staticmethod
     def start(
@@ -185,7 +186,8 @@ class Race:
         if contestant.method is None:
             return self._peer(contestant.name, form, params)
         try:
-            return planned(self.setup, contestant, self.path(contestant), self.moments(), form, params)
+            moments = self.moments(ours=contestant.ours or contestant.our_refit or form == "refit")
+            return planned(self.setup, contestant, self.path(contestant), moments, form, params)
         except BudgetError as error:
             return str(error).splitlines()[0]
 
@@ -217,8 +219,7 @@ class Race:
         )
 
     def path(self, contestant: Contestant) -> SolutionPath:
-        """The contestant's path: searched, or as an earlier run of this race left it. Passes over the data that two
-        searches share are made once."""
+        """The contestant's path: searched, or as an earlier run of this race left it."""
         from deploy_prune.methods import search
         from deploy_prune.path import SolutionPath
         from deploy_prune.saved_state import SavedState
@@ -237,7 +238,7 @@ class Race:
                 batch_size=self.terms.batch_size,
                 precision="fp32",  # on a CPU without matrix units bf16 is the slower one
                 seed=self.setup.recipe.seed,
-                saved=SavedState(self.work / "statistics", self.result.head["identity"]),
+                saved=SavedState(self.work / f"search-{contestant.name}", self.result.head["identity"]),
             )
             self.result.head.setdefault("search_s", {})[contestant.name] = round(time.monotonic() - began, 1)
             self.result.head.setdefault("options", {})[contestant.name] = dict(path.options)
@@ -245,19 +246,25 @@ class Race:
             self.paths[contestant.name] = path
         return self.paths[contestant.name]
 
-    def moments(self) -> Moments:
+    def moments(self, *, ours: bool) -> Moments:
+        """Moments of the calibration examples, as our refit takes them or, plain, as published corrections do."""
         from deploy_prune.refitting import collect_moments
 
-        if self._moments is None:
-            batches = self.setup.task.calibration(self.terms.batch_size, self.terms.examples, self.setup.recipe.seed)
-            self._moments = collect_moments(self.setup.model, self.setup.sites, batches, self.setup.task.signature)
-        return self._moments
+        if ours not in self._moments:
+            setup = self.setup
+            batches = setup.task.calibration(self.terms.batch_size, self.terms.examples, setup.recipe.seed)
+            losses = setup.task.calibration_losses() if ours else None
+            self._moments[ours] = collect_moments(
+                setup.model, setup.sites, batches, setup.task.signature, losses=losses
+            )
+        return self._moments[ours]
 
     def forget(self, name: str) -> None:
         """Drop a contestant's rows and path."""
         self.result.drop(name)
         self.result.head["not_supported"].pop(name, None)
         self._path_file(name).unlink(missing_ok=True)
+        shutil.rmtree(self.work / f"search-{name}", ignore_errors=True)
 
     def _path_file(self, name: str) -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -297,7 +304,7 @@ class Race:
         }
         if form == "refit":
             plan = plan_of(setup.model, model, setup.sites, setup.recipe.model, setup.weights_sha256)
-            fitted = refit(setup.model, plan, self.moments(), ridge=setup.recipe.refit.ridge)
+            fitted = refit(setup.model, plan, self.moments(ours=True), ridge=setup.recipe.refit.ridge)
             model = compact(fitted, plan, inplace=True, check_weights=False)
         return model, facts
 

@@ -118,8 +118,9 @@ def search(
     `allocation` says how units of different sites are ordered (see path.py); `basis` whether the qk and vo units are
     the model's own dimensions or principal ones (see basis.py); `stages` at which sparsities what is still there is
     judged again (see staged.py). Same seed, data and versions: same path.
-    `compute` says in which pieces the work is done, `saved` where an interrupted search goes on. In a run of several
-    processes every one calls this, and all get the same path.
+    `compute` says in which pieces the work is done, `saved` where an interrupted search goes on (the same search: what
+    another method or other options left there is not taken up). In a run of several processes every one calls this,
+    and all get the same path.
     Raises UsageError (unknown method or option), UnsupportedModelError, DataError.
     """
     import torch
@@ -136,6 +137,9 @@ def search(
         raise UsageError("no calibration data", where=task.name, remedy="Give the task calibration data.")
     device = next(model.parameters()).device
     precision = chosen_precision(precision, device)
+    at = tuple(sorted(entry.stages if stages is None else stages))
+    asked = (hash_before, method, parsed, basis or entry.basis, at, examples, batch_size, precision, seed)
+    saved = (saved or SavedState()).narrowed(repr(asked))
     original, training = model, model.training
     required = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
@@ -146,9 +150,8 @@ def search(
         order = task.calibration_order(task.calibration_items(limit), batch_size, seed)
         if (basis or entry.basis) == "principal":
             with placed(model, sites, compute) as ready:
-                rows = _principal(ready, sites, task, order, compute, saved or SavedState(), progress or SILENT)
+                rows = _principal(ready, sites, task, order, compute, saved, progress or SILENT)
             model = in_basis(model, sites, rows)
-        at = tuple(sorted(entry.stages if stages is None else stages))
         moments = _moments(original, sites, task, order, compute, progress) if at else None
         path = None
         for number, share in enumerate((0.0, *at)):
@@ -157,7 +160,7 @@ def search(
                 assert moments is not None
                 model = blank(refit(original, plan, moments, basis=rows), sites, plan)
             torch.manual_seed(seed)
-            own = (saved or SavedState()).part(f"stage {number}")
+            own = saved.part(f"stage {number}")
             with placed(model, sites, compute) as ready:
                 context = Context(
                     ready,
@@ -264,7 +267,14 @@ def _moments(
     try:
         with placed(model, sites, compute) as ready:
             batches = share(task, order, compute, progress)
-            return collect_moments(ready, sites, batches, task.signature, together=distributed.count() > 1)
+            return collect_moments(
+                ready,
+                sites,
+                batches,
+                task.signature,
+                losses=task.calibration_losses(),
+                together=distributed.count() > 1,
+            )
     finally:
         progress.finish()
 

@@ -151,7 +151,7 @@ def moments_stage(workspace: Workspace, setup: Setup) -> Stage | None:
     how = setup.recipe.refit
     if not how.enabled:
         return None
-    inputs = {**setup.identity, "examples": how.examples, "batch_size": how.batch_size}
+    inputs = {**setup.identity, "examples": how.examples, "batch_size": how.batch_size, "emphasis": how.emphasis}
     saved = workspace.saved("moments") / fingerprint(inputs)
 
     def work(directory: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import ParityError
+from deploy_prune.errors import DataError, ParityError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.workspace import fingerprint
@@ -111,6 +111,7 @@ def moments_of(setup: Setup) -> Moments:
             setup.sites,
             setup.task.calibration(how.batch_size, limit, setup.recipe.seed),
             setup.task.signature,
+            **emphasis_of(setup),
             progress=setup.progress,
         )
     finally:
@@ -138,11 +139,28 @@ def moments_to(setup: Setup, directory: Path) -> None:
                 task,
                 order,
                 limit=setup.recipe.compute.memory_gb * GIB,
+                **emphasis_of(setup),
                 compute=compute,
                 progress=setup.progress,
             )
     finally:
         model.cpu()
+
+
+def emphasis_of(setup: Setup) -> dict[str, Any]:
+    """The losses that weight the refit's tokens, and how far, by the recipe. Raises DataError when it asks for an
+    emphasis on data without labels."""
+    from deploy_prune.refitting import EMPHASIS
+
+    asked = setup.recipe.refit.emphasis
+    losses = setup.task.calibration_losses()
+    if asked and losses is None:
+        raise DataError(
+            "refit.emphasis needs labeled calibration data",
+            where=setup.task.name,
+            remedy="Give labels, or leave refit.emphasis out.",
+        )
+    return {"losses": losses, "emphasis": EMPHASIS if asked is None else asked}
 
 
 def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:

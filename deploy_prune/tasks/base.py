@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from deploy_prune.data import Examples
     from deploy_prune.signature import Signature
 
+    # Per-row losses (batch,) of an output and its batch, differentiable.
+    Losses = Callable[[Tensor, "Batch"], Tensor]
     Predict = Callable[[dict[str, Tensor]], "Tensor | np.ndarray"]
 
 AGREEMENT = "agreement"
@@ -112,6 +114,11 @@ class Task(ABC):
     @abstractmethod
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """One pass in a fixed order, the same at every batch size; `limit` picks evenly spaced examples."""
+
+    def calibration_losses(self) -> Losses | None:
+        """`loss` where the calibration data is labeled, None where it is not."""
+        example = next(iter(self.calibration(1, limit=1)), None)
+        return None if example is None or example.target is None else self.loss
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Batch) -> Tensor:

@@ -93,15 +93,22 @@ def sound(result: RaceResult, forms: Iterable[str] = FORMS) -> list[dict[str, An
     return [row for key, row in result.rows.items() if row["form"] in forms and key in result.values]
 
 
-def points(result: RaceResult, forms: Iterable[str] = FORMS, ours: str = "spp", form: str = "own") -> list[Point]:
-    """One per size at which ours and another contestant have a row; the best other is taken among all given forms, on
-    the very examples that are reported, which flatters it."""
+def points(
+    result: RaceResult,
+    forms: Iterable[str] = FORMS,
+    ours: str = "spp",
+    form: str = "own",
+    without: Iterable[str] = (),
+) -> list[Point]:
+    """One per size at which ours and another contestant have a row; the best other is taken among all given forms of
+    all but the contestants `without`, on the very examples that are reported, which flatters it."""
+    left_out = {ours, *without}
     found = []
     rows = sound(result, {*forms, form})
     for asked in sorted({row["asked"] for row in rows if row["asked"] > 0}):
         here = [row for row in rows if row["asked"] == asked]
         mine = [row for row in here if row["contestant"] == ours and row["form"] == form]
-        others = [row for row in here if row["contestant"] != ours and row["form"] in forms]
+        others = [row for row in here if row["contestant"] not in left_out and row["form"] in forms]
         if not mine or not others:
             continue
         best = min(others, key=lambda row: lost(result, row))

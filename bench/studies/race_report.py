@@ -99,7 +99,7 @@ def table(result: RaceResult) -> list[str]:
         best[asked] = min(lost(result, row) for row in here) if here else 0.0
     lines = ["| contestant | form | " + " | ".join(f"{s:.0%}" for s in sizes) + " |", "|---" * (2 + len(sizes)) + "|"]
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        for form, name in FORM_NAMES.items():
+        for form in FORM_NAMES:
             own = {row["asked"]: row for row in rows if (row["contestant"], row["form"]) == (contestant, form)}
             if not own:
                 continue
@@ -109,9 +109,18 @@ def table(result: RaceResult) -> list[str]:
                 text = "" if row is None else "—" if "error" in row else written(result, row)
                 bold = row is not None and "error" not in row and lost(result, row) <= best[asked] + 1e-9
                 cells.append(f"**{text}**" if bold else text)
-            shown = "our default" if contestant in contestants() and contestants()[contestant].ours else name
-            lines.append(f"| {contestant} | {shown if form == 'own' else name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {contestant} | {shown_form(contestant, form)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def shown_form(contestant: str, form: str) -> str:
+    """What was done to the weights that stay, in words."""
+    known = contestants().get(contestant)
+    if form == "own" and known is not None and known.ours:
+        return "our default"
+    if form == "own" and known is not None and known.our_refit:
+        return f"{' and '.join(f'{kind}s' for kind in known.kinds or ('all kind',))}, our refit"
+    return FORM_NAMES[form]
 
 
 def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
@@ -132,11 +141,20 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
         f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}: "
         f"{over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f}).",
     ]
+    if trained is None:
+        our_refit = [name for name, c in contestants().items() if c.our_refit]
+        over = summary(points(result, ("own",), without=our_refit))
+        lines += [
+            "",
+            f"Against the others as published, without our refit: ahead at {over.ahead} of {over.points} sizes, behind "
+            f"at {over.behind}; {_figure(over.lost, unit)} {unit} lost where the best of them loses "
+            f"{_figure(over.other_lost, unit)}: {over.share:.2f} of it.",
+        ]
     return lines
 
 
 def _verdict_line(result: RaceResult, p: Point) -> str:
-    form = FORM_NAMES[p.other["form"]]
+    form = shown_form(p.other["contestant"], p.other["form"])
     d = p.difference
     return (
         f"| {p.asked:.0%} | {written(result, p.ours)} | {_figure(p.lost, p.unit)} | {p.other['contestant']} "
@@ -161,8 +179,9 @@ def latencies(result: RaceResult) -> list[str]:
         own = row["latency"]
         ratio = own["ratio"]
         doubt = "" if own["trusted"] else "; the cell's self-check failed"
+        name = row["contestant"]
         lines.append(
-            f"| {row['asked']:.0%} | {row['contestant']} | {FORM_NAMES[row['form']]} | {own['p50_ms']:.2f} | "
+            f"| {row['asked']:.0%} | {name} | {shown_form(name, row['form'])} | {own['p50_ms']:.2f} | "
             f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] | {own['verdict']}{doubt} |"
         )
     return [*lines, ""]

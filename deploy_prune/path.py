@@ -81,10 +81,10 @@ class SolutionPath:
             )
         units = _Units.of(sites, costs, None)
         rank = {
-            unit_key(s.name, k): _rank_in_lane(np.asarray(importance[unit_key(s.name, k)], np.float64), s.lanes(k))
+            unit_key(s.name, k): rank_in_lane(np.asarray(importance[unit_key(s.name, k)], np.float64), s.lanes(k))
             for s, k in units.groups
         }
-        slots = [_by_slot(np.asarray(importance[key], np.float64), rank[key]) for key in units.keys]
+        slots = [by_slot(np.asarray(importance[key], np.float64), rank[key]) for key in units.keys]
         raw = np.concatenate(slots)
         pool = {"global": np.zeros_like(units.group), "separate": units.kind, "uniform": units.group}[allocation]
         within = np.zeros(len(raw))
@@ -169,7 +169,7 @@ class SolutionPath:
 
         kept = {(s.name, k): np.arange(s.units(k)) for s, k in groups(self.sites)}
         for g, (site, kind) in enumerate(units.groups):
-            rank = _rank_in_lane(self.scores[units.keys[g]], site.lanes(kind))
+            rank = rank_in_lane(self.scores[units.keys[g]], site.lanes(kind))
             kept[site.name, kind] = np.flatnonzero(rank >= site.counts[kind] - int(counts[g]))
         for site in self.sites:  # what is not of a kept head leaves with its head
             heads = kept.get((site.name, UnitKind.HEAD))
@@ -371,13 +371,13 @@ class _Units:
         )
 
 
-def _rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
+def rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
     """Rank of every unit among those of its head, 0 for the smallest; ties by index."""
     rows = values.reshape(lanes, -1)
     return np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable").reshape(-1)
 
 
-def _by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
+def by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
     """Importance of every slot: the sum over heads of their units of equal rank."""
     return np.asarray(np.bincount(rank, weights=values), dtype=np.float64)
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from deploy_prune.errors import RecipeError, did_you_mean
+from deploy_prune.errors import RecipeError, UsageError, did_you_mean
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _LARGEST_RECIPE = 1 << 20  # bytes; a recipe is a page of text
@@ -86,6 +86,14 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         else:
             place[names[-1]] = value
     return problems
+
+
+def shares(text: str | None, flag: str) -> list[float] | None:
+    """ ".3,.5" -> [0.3, 0.5]; None stays None. Raises UsageError for what is no list of numbers."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"{flag} takes numbers separated by commas", expected=".2,.4", got=text) from None
 
 
 def settings_of(settings: Sequence[str], flag: str) -> dict[str, Any]:

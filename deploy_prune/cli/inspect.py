@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,33 @@ import click
 from deploy_prune.cli import console
 from deploy_prune.errors import UsageError
 
-TABLES = ("units", "not offered", "stays", "sites", "groups", "members", "latency")
+TABLES = ("units", "not offered", "stays", "sites", "layers", "groups", "members", "latency")
+LAYERS_AT = (0.1, 0.3, 0.5)  # sparsities shown where --plot is given without --at
 
 
 @click.command(short_help="Show what a model, path, plan or bundle holds.")
 @click.argument("thing")
+@click.option("--at", metavar="X,...", help="Of a path: what every layer keeps at these sparsities.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw that table: FILE.png, .svg or .pdf")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(thing: str, as_json: bool) -> None:
+def command(thing: str, at: str | None, plot: Path | None, as_json: bool) -> None:
     """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path (.safetensors), a plan (.json), a
     bundle (directory) or a recipe (.yaml, or a built-in name).
 
     A model reference is loaded; python: references run your code.
     """
+    from deploy_prune.layer_table import text_rows
+    from deploy_prune.recipe_text import shares
+
     describe = _describer(thing)
-    report = describe(thing)
+    if (at or plot) and describe is not describe_path:
+        raise UsageError("--at and --plot show the layers of a path", got=thing, expected="FILE.safetensors")
+    report = describe_layers(thing, shares(at, "--at") or LAYERS_AT, plot) if at or plot else describe(thing)
     if as_json:
         console.emit_json(report)
         return
+    if "layers" in report:
+        report["layers"] = text_rows(report["layers"])
     tables = {name: report.pop(name) for name in TABLES if name in report}
     console.facts({name: value for name, value in report.items() if value is not None})
     for name, rows in tables.items():
@@ -101,6 +111,18 @@ def describe_path(file: str) -> dict[str, Any]:
             for key, scores in path.scores.items()
         ],
     }
+
+
+def describe_layers(file: str, sparsities: Sequence[float], plot: Path | None = None) -> dict[str, Any]:
+    """What every layer keeps at the given sparsities of a path; drawn into the file `plot` too."""
+    from deploy_prune.layer_table import layer_table, plot_layers
+    from deploy_prune.path import SolutionPath
+
+    path = SolutionPath.load(file)
+    table = layer_table(path, sparsities)
+    if plot is not None:
+        plot_layers(table, plot, f"{path.method}, {path.model}")
+    return {"type": "layers of a solution path", "model": path.model, "method": path.method, "layers": table}
 
 
 def describe_plan(file: str) -> dict[str, Any]:

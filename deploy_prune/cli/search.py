@@ -10,7 +10,6 @@ import click
 from deploy_prune import distributed
 from deploy_prune.cli import console
 from deploy_prune.cli.run import resume_options
-from deploy_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from deploy_prune.pipeline.workspace import Mode
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Calibration data: digits:train, imagefolder:DIR, tsv:FILE, hf:ID, ...")
 @click.option("--eval", "evaluation", help="Evaluation data, kept in the path for `export`.")
 @click.option("--task-option", "task_options", multiple=True, metavar="KEY=VALUE", help="An option of the task.")
-@click.option("--method", default="spp", show_default=True, help="spp, fisher, taylor, magnitude, random.")
+@click.option("--method", default="spp", show_default=True, help="spp, layer-adaptive, fisher, obs, magnitude, ...")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method: steps=120")
 @click.option(
     "--until-resolved",
@@ -73,7 +72,7 @@ def command(
     from deploy_prune.pipeline.stages import find_path
     from deploy_prune.pipeline.workspace import refuse_foreign_file, search_workspace
     from deploy_prune.recipe import ComputePart, recipe_from
-    from deploy_prune.recipe_text import settings_of
+    from deploy_prune.recipe_text import settings_of, shares
 
     distributed.from_main(lambda: refuse_foreign_file(output))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
@@ -89,7 +88,7 @@ def command(
                 "evaluation": evaluation,
                 "options": settings_of(task_options, "--task-option"),
             },
-            "search": {"method": method, "options": options, "stages": _shares(stages), **how},
+            "search": {"method": method, "options": options, "stages": shares(stages, "--stages"), **how},
             "family": {"sparsities": [0.5]},  # a recipe names its members; a search cuts none
             "compute": compute,
             "device": device,
@@ -112,10 +111,3 @@ def command(
             f"{len(report['groups'])} groups, {report['prunable parameters']} of {report['parameters']} "
             "parameters prunable"
         )
-
-
-def _shares(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UsageError("--stages takes numbers separated by commas", expected=".2,.4", got=text) from None

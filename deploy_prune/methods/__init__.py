@@ -19,6 +19,7 @@ from deploy_prune.methods.base import BasisName, Context, Method, NoOptions
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
 from deploy_prune.methods.compute import Compute, share
 from deploy_prune.methods.kwon import kwon
+from deploy_prune.methods.layer_adaptive import LayerAdaptiveOptions, layer_adaptive
 from deploy_prune.methods.obs import obs
 from deploy_prune.methods.spp import SppOptions, spp
 from deploy_prune.methods.staged import blank, joined
@@ -45,6 +46,13 @@ METHODS: dict[str, Method] = {
             SppOptions,
             basis="principal",
             stages=(0.15, 0.3, 0.45, 0.6),
+        ),
+        Method(
+            "layer-adaptive",
+            "layers share the cut by gradient and activation importance, units leave by score within",
+            layer_adaptive,
+            LayerAdaptiveOptions,
+            basis="principal",
         ),
         Method("kwon", "Fisher information with mask search and rearrangement", kwon),
         Method("obs", "optimal brain surgery on every site, the same share of each", obs, NoOptions, "uniform"),

@@ -18,6 +18,7 @@ from deploy_prune.methods.activation_scores import corp, flap, wanda
 from deploy_prune.methods.base import BasisName, Context, Method, NoOptions
 from deploy_prune.methods.baselines import fisher, magnitude, random, taylor
 from deploy_prune.methods.compute import Compute, share
+from deploy_prune.methods.fine_grained import FineGrainedOptions, fine_grained
 from deploy_prune.methods.kwon import kwon
 from deploy_prune.methods.layer_adaptive import LayerAdaptiveOptions, layer_adaptive
 from deploy_prune.methods.obs import obs
@@ -52,6 +53,13 @@ METHODS: dict[str, Method] = {
             "layers share the cut by gradient and activation importance, units leave by score within",
             layer_adaptive,
             LayerAdaptiveOptions,
+            basis="principal",
+        ),
+        Method(
+            "fine-grained",
+            "heads by attention variance, neurons by activations, layers share the cut as in layer-adaptive",
+            fine_grained,
+            FineGrainedOptions,
             basis="principal",
         ),
         Method("kwon", "Fisher information with mask search and rearrangement", kwon),

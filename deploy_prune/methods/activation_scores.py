@@ -40,10 +40,7 @@ def flap(context: Context, _: NoOptions) -> Importance:
     E[q_d²] E[k_d²] − (E[q_d] E[k_d])². FLAP makes up by the mean of what leaves: `compensate(..., "mean")`.
     """
 
-    def column(W: Tensor, x: SiteMoments) -> Tensor:
-        return x.covariance.diagonal() * W.square().sum(0)
-
-    raw = _scores(context, column, _logit_fluctuation)
+    raw = column_fluctuation(context)
     importance = {}
     for site, kind in groups(context.sites):
         s = raw[unit_key(site.name, kind)]
@@ -58,6 +55,21 @@ def corp(context: Context, _: NoOptions) -> Importance:
     Every site gives up the same share; a head has the sum over its columns. For qk: E[q_d²] E[k_d²]. What CORP is about
     is the closed-form compensation afterwards, which is `refit`.
     """
+
+    return column_energy(context)
+
+
+def column_fluctuation(context: Context) -> dict[str, Tensor]:
+    """Σ over a unit's columns of Var(x_j) · Σ_i W_ij²; for qk E[q_d²] E[k_d²] − (E[q_d] E[k_d])²."""
+
+    def column(W: Tensor, x: SiteMoments) -> Tensor:
+        return x.covariance.diagonal() * W.square().sum(0)
+
+    return _scores(context, column, _logit_fluctuation)
+
+
+def column_energy(context: Context) -> dict[str, Tensor]:
+    """Σ over a unit's columns of E[x_j²] · Σ_i W_ij²; for qk E[q_d²] E[k_d²]."""
 
     def column(W: Tensor, x: SiteMoments) -> Tensor:
         return x.second.diagonal() * W.square().sum(0)

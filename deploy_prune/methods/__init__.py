@@ -24,6 +24,7 @@ from deploy_prune.methods.layer_adaptive import LayerAdaptiveOptions, layer_adap
 from deploy_prune.methods.obs import obs
 from deploy_prune.methods.spp import SppOptions, spp
 from deploy_prune.methods.staged import blank, joined
+from deploy_prune.methods.structural_diff import StructuralDiffOptions, structural_diff
 from deploy_prune.path import Allocation, SolutionPath
 from deploy_prune.precision import Precision, chosen_precision
 from deploy_prune.progress import SILENT, Progress
@@ -60,6 +61,13 @@ METHODS: dict[str, Method] = {
             "heads by attention variance, neurons by activations, layers share the cut as in layer-adaptive",
             fine_grained,
             FineGrainedOptions,
+            basis="principal",
+        ),
+        Method(
+            "structural-diff",
+            "hard-concrete gates on whole units, trained under a constraint on the size",
+            structural_diff,
+            StructuralDiffOptions,
             basis="principal",
         ),
         Method("kwon", "Fisher information with mask search and rearrangement", kwon),

@@ -72,6 +72,17 @@ def share(task: Task, order: Sequence[Sequence[int]], compute: Compute, progress
     progress.advance(len(order) - done)
 
 
+def repeated(batches: int, steps: int, seed: int) -> list[int]:
+    """Which of so many batches every step takes: all of them in a new order, again and again."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps:
+        order += reversed(torch.randperm(batches, generator=generator).tolist())
+    return order[:steps]
+
+
 class Kept:
     """Tensors kept by key while they fit into `limit` bytes; the others are made anew at every call."""
 

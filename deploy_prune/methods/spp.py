@@ -20,6 +20,7 @@ from deploy_prune.errors import UnresolvedError
 from deploy_prune.gates import open_gates
 from deploy_prune.methods.activation_scores import wanda
 from deploy_prune.methods.base import Context, Importance, NoOptions, Options
+from deploy_prune.methods.compute import repeated
 from deploy_prune.methods.inclusion import BETA1, Inclusion, ReleasedInclusion, SplitLBI
 from deploy_prune.methods.spp_quadratic import quadratic_inclusion
 from deploy_prune.methods.statistics import gate_statistics, require_labels
@@ -141,7 +142,7 @@ class SppSearch:
         progress.start(options.steps, "spp: search")
         try:
             progress.advance(min(self.lbi.steps, options.steps))
-            for index in self._order(most)[self.lbi.steps :]:
+            for index in repeated(len(self.batches), most, self.context.seed)[self.lbi.steps :]:
                 if self._settled():
                     break
                 rise = self.step(self.batches[index])
@@ -178,14 +179,6 @@ class SppSearch:
             "The option until_resolved goes on until they have.",
             stacklevel=4,
         )
-
-    def _order(self, steps: int) -> list[int]:
-        """Which batch every step takes: all of them in a new order, again and again."""
-        generator = torch.Generator().manual_seed(self.context.seed)
-        order: list[int] = []
-        while len(order) < steps:
-            order += reversed(torch.randperm(len(self.batches), generator=generator).tolist())
-        return order[:steps]
 
     def _restore(self, state: State) -> None:
         for key, tensor in self.lbi.tensors().items():

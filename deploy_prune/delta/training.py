@@ -1,0 +1,352 @@
+"""The training of a task delta: find the values that change, fix the choice, train them alone (arXiv 2012.07463)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from deploy_prune.delta import fits
+from deploy_prune.delta.options import DiffOptions
+from deploy_prune.delta.task_delta import TaskDelta
+from deploy_prune.errors import DataError, RecoveryError, UsageError
+from deploy_prune.precision import chosen_precision
+from deploy_prune.progress import SILENT, Progress
+from deploy_prune.recovery.feed import Feed, split
+from deploy_prune.recovery.judging import Judge
+from deploy_prune.recovery.options import RecoverOptions
+from deploy_prune.recovery.pair import Called
+from deploy_prune.recovery.schedule import rate_at
+from deploy_prune.recovery.state import Mark
+
+if TYPE_CHECKING:
+    from deploy_prune.tasks.base import Batch, Task
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Diffed:
+    """A delta and how it was found. `before` and `after` are the metric on the held-out calibration part, which no step
+    saw; `trainable` counts the numbers trained in each phase, the head's among them, and `state_bytes` what they, their
+    gradients and Adam's two means take, beside the frozen base; `full_state_bytes` is that of training everything."""
+
+    delta: TaskDelta
+    model: nn.Module
+    metric: str
+    before: float
+    after: float
+    share: float
+    trainable: dict[str, int]
+    state_bytes: dict[str, int]
+    full_state_bytes: int
+    seconds: float
+    marks: dict[str, list[Mark]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but tensors, as plain JSON data."""
+        names = ("metric", "before", "after", "share", "trainable", "state_bytes", "full_state_bytes", "seconds")
+        marks = {phase: [asdict(mark) for mark in marks] for phase, marks in self.marks.items()}
+        return {**{name: getattr(self, name) for name in names}, "marks": marks}
+
+
+def diff(
+    model: nn.Module,
+    task: Task,
+    *,
+    head: tuple[str, ...] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Diffed:
+    """Learn what the task changes of the frozen base `model`, on the task's calibration data.
+
+    First every value may change, under a penalty on how many do (l0, l1); then the largest `share` of the changes is
+    kept and trained alone, from where it stands. The task's head, modules or tensors that start with one of the names
+    `head` (by default those that `head_of` finds), is trained whole and does not count. The best weights on the held-out
+    part are kept. `options` are those of DiffOptions. The given model is not changed. Same seed, data and versions: same
+    delta. Raises UsageError (options), DataError (no labels), RecoveryError (the loss is not finite).
+    """
+    parsed = options_from(options)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        return _Training(model, task, head_of(model) if head is None else head, parsed, seed, progress or SILENT).run()
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """The names that a task's head starts with: what a transformers model has beside its base model, or timm's
+    classifier. Raises UsageError where neither says."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        return tuple(name for name, _ in model.named_children() if name != prefix)
+    if hasattr(model, "get_classifier"):
+        classifier = model.get_classifier()
+        return tuple(name for name, module in model.named_modules() if module is classifier)
+    if prefix:
+        return ()  # a transformers model without a head
+    raise UsageError(
+        "cannot tell the task's head from the base",
+        got=type(model).__name__,
+        remedy='Name it, as in head=("classifier",); head=() for none.',
+    )
+
+
+def options_from(options: dict[str, Any]) -> DiffOptions:
+    """Options as their type. Raises UsageError that lists every unknown or impossible one."""
+    from pydantic import ValidationError
+
+    from deploy_prune.recipe_text import explain
+
+    try:
+        return DiffOptions.model_validate(options)
+    except ValidationError as error:
+        problems = explain(error, DiffOptions)
+        raise UsageError(f"{len(problems)} bad option(s) of diff pruning", problems=problems) from error
+
+
+class _Training:
+    def __init__(
+        self, model: nn.Module, task: Task, head: tuple[str, ...], options: DiffOptions, seed: int, progress: Progress
+    ) -> None:
+        self.task, self.options, self.seed, self.progress = task, options, seed, progress
+        self.device = next(model.parameters()).device
+        self.frozen = copy.deepcopy(model).requires_grad_(False)
+        named = {n: p.detach() for n, p in self.frozen.named_parameters()}
+        self.head = {n: p.clone().requires_grad_() for n, p in named.items() if n.startswith(_prefixes(head, named))}
+        self.base = {n: p for n, p in named.items() if n not in self.head and p.is_floating_point()}
+        self.train_items, held_out = split(task, self._feeding(1.0))
+        if next(iter(task.calibration_batches([held_out[:1]]))).target is None:
+            raise DataError("a task delta needs labeled calibration data", where=task.name, remedy="Give labels.")
+        self.judge = Judge(task, held_out, None)
+        self.called: nn.Module = Called(self.frozen, task.signature).eval()
+        self.bf16 = chosen_precision(options.precision, self.device) == "bf16"
+        self.trainable: dict[str, int] = {}
+        self.marks: dict[str, list[Mark]] = {}
+
+    def run(self) -> Diffed:
+        options, begun = self.options, time.monotonic()
+        count = round(options.share * sum(t.numel() for t in self.base.values()))
+        if options.fit == "lora":
+            return self._lora(count, begun)
+        start = None
+        if options.fit in ("l0", "l1"):
+            start = self._find()
+            chosen = fits.largest(start, count)
+        elif options.fit == "random":
+            chosen = fits.at_random(self.base, count, self.seed)
+        elif options.fit == "bitfit":
+            chosen = fits.everywhere({n: t for n, t in self.base.items() if n.endswith("bias")})
+        else:
+            chosen = {} if options.fit == "last-layer" else fits.everywhere(self.base)
+        sparse = fits.Sparse(self.base, chosen, start)
+        tensors = sparse.tensors()
+        if options.mask_epochs:
+            groups = sparse.groups(options.fixed_rate) if sparse.values else []
+            tensors = self._train("mask", options.mask_epochs, groups, options.fixed_rate, lambda _: sparse.tensors())
+        return self._done(tensors, begun)
+
+    def _lora(self, count: int, begun: float) -> Diffed:
+        """Adapters of the rank that takes about as many numbers as the share allows, merged at the end."""
+        from deploy_prune.adapters import find_sites
+        from deploy_prune.recovery.hidden import layers_of
+        from deploy_prune.recovery.lora import add_adapters, merge_adapters
+
+        layers = layers_of(self.frozen, find_sites(self.frozen))
+        linear = [
+            m
+            for n, m in self.frozen.named_modules()
+            if isinstance(m, nn.Linear) and any(f"{n}.".startswith(f"{layer}.") for layer in layers)
+        ]
+        rank = max(1, round(count / sum(m.in_features + m.out_features for m in linear)))
+        adapted = copy.deepcopy(self.frozen)
+        add_adapters(adapted, layers, rank, 2.0 * rank)
+        self.called = Called(adapted, self.task.signature).eval()
+        own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        rate = self.options.fixed_rate
+        groups = [{"params": list(own.values()), "lr": rate}]
+        best = self._train("mask", self.options.mask_epochs, groups, rate, lambda _: dict(own))
+        with torch.no_grad():
+            for name, t in best.items():
+                own[name].copy_(t)
+            merge_adapters(adapted)
+            named = dict(adapted.named_parameters())
+            for name, p in self.head.items():
+                named[name].copy_(p)
+        return self._result(adapted, begun)
+
+    def _find(self) -> Tensors:
+        """δ where every value may change."""
+        options = self.options
+        dense = fits.Dense(
+            self.base,
+            gated=options.fit == "l0",
+            alpha=options.alpha,
+            strength=options.strength,
+            owners=fits.owners_of(self.frozen, self.base, options.groups),
+        )
+        best: Tensors = {}
+
+        def keep() -> None:
+            best.update({name: δ.clone() for name, δ in dense.differences().items()})
+
+        self._train(
+            "find",
+            options.epochs,
+            dense.groups(options.lr, options.gate_lr),
+            options.lr,
+            lambda training: dense.tensors(training=training),
+            penalty=dense.penalty,
+            after=dense.shrink,
+            last=keep,
+        )
+        return best
+
+    def _train(
+        self,
+        phase: str,
+        epochs: float,
+        groups: list[dict[str, Any]],
+        rate: float,
+        tensors: Callable[[bool], Tensors],
+        *,
+        penalty: Callable[[], Tensor] | None = None,
+        after: Callable[[float], None] | None = None,
+        last: Callable[[], None] | None = None,
+    ) -> Tensors:
+        """One phase; the best tensors of the model on the held-out part. With `last` the end counts, not the best: what
+        is found is what the penalty has left at the end."""
+        options = self.options
+        groups = [*groups, {"params": list(self.head.values()), "lr": options.head_lr or rate}]
+        groups = [g | {"peak": g["lr"]} for g in groups if g["params"]]
+        trained = [p for g in groups for p in g["params"]]
+        if not trained:
+            raise UsageError("nothing to train", where=f"fit {options.fit}", remedy="Name a head, or another fit.")
+        self.trainable[phase] = sum(p.numel() for p in trained)
+        optimizer = torch.optim.Adam(groups)
+        feed = Feed(self.task, self.train_items, self._feeding(epochs), self.seed)
+        steps = feed.steps
+        every = max(1, round(steps / options.evaluations))
+        marks = self.marks.setdefault(phase, [])
+        best: Tensors = {}
+
+        def judged(step: int) -> None:
+            with torch.no_grad():
+                now = {**tensors(False), **self.head}
+                marks.append(self.judge.mark(step, lambda inputs: self._output(now, inputs, training=False)))
+                higher = self.task.higher_is_better
+                if all(marks[-1].beats(m, higher) for m in marks[:-1]):
+                    best.update({name: t.detach().clone() for name, t in now.items()})
+
+        judged(0)
+        self.progress.start(steps, f"diff: {phase}")
+        try:
+            for step, (batch,) in zip(range(steps), feed.batches(0), strict=False):
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
+                share = rate_at(step, steps, options.warmup)
+                for g in optimizer.param_groups:
+                    g["lr"] = g["peak"] * share
+                loss = self._loss({**tensors(True), **self.head}, batch)
+                total = loss if penalty is None else loss + penalty().to(loss)
+                if not torch.isfinite(total):
+                    raise RecoveryError(
+                        f"the loss is not finite at step {step + 1} of {phase}", where=self.task.name, remedy="Lower lr."
+                    )
+                optimizer.zero_grad()
+                total.backward()
+                nn.utils.clip_grad_norm_(trained, options.clip)
+                optimizer.step()
+                if after is not None:
+                    after(rate * share)
+                self.progress.advance(1, f"loss {float(loss.detach()):.3g}")
+                if (step + 1) % every == 0 or step + 1 == steps:
+                    judged(step + 1)
+        finally:
+            self.progress.finish()
+        if last is not None:
+            last()
+            return {}
+        with torch.no_grad():
+            for name, p in self.head.items():
+                p.copy_(best[name])
+        return {name: t for name, t in best.items() if name not in self.head}
+
+    def _loss(self, tensors: Tensors, batch: Batch) -> Tensor:
+        here = batch.to(self.device)
+        return self.task.loss(self._output(tensors, here.inputs, training=True), here).mean()
+
+    def _output(self, tensors: Tensors, inputs: Mapping[str, Tensor], *, training: bool) -> Tensor:
+        _train_mode(self.called, training)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            own = {f"model.{name}": t for name, t in tensors.items()}
+            there = {name: t.to(self.device) for name, t in inputs.items()}
+            output: Tensor = functional_call(self.called, own, (there,)).float()
+        return output
+
+    def _done(self, tensors: Tensors, begun: float) -> Diffed:
+        result = copy.deepcopy(self.frozen)
+        own = dict(result.named_parameters())
+        with torch.no_grad():
+            for name, t in {**tensors, **self.head}.items():
+                own[name].copy_(t)
+        return self._result(result, begun)
+
+    def _result(self, result: nn.Module, begun: float) -> Diffed:
+        phases = [phase for phase in ("find", "mask") if phase in self.marks]
+        last = self.marks[phases[-1]]
+        higher = self.task.higher_is_better
+        best = last[0]
+        for mark in last[1:]:
+            best = mark if mark.beats(best, higher) else best
+        before = self.marks[phases[0]][0]
+        options = self.options.model_dump(mode="json", exclude_none=True)
+        delta = TaskDelta.between(
+            self.frozen, result, self.head, {"task": self.task.describe(), "options": options, "seed": self.seed}
+        )
+        total = sum(t.numel() for t in (*self.base.values(), *self.head.values()))
+        return Diffed(
+            delta,
+            result.requires_grad_(True).eval(),
+            self.task.metric,
+            before=before.value,
+            after=best.value,
+            share=delta.count / sum(t.numel() for t in self.base.values()),
+            trainable=self.trainable,
+            state_bytes={phase: 4 * 4 * count for phase, count in self.trainable.items()},
+            full_state_bytes=4 * 4 * total,
+            seconds=time.monotonic() - begun,
+            marks=self.marks,
+        )
+
+    def _feeding(self, epochs: float) -> RecoverOptions:
+        own = self.options
+        return RecoverOptions(
+            epochs=max(epochs, 1e-9), batch_size=own.batch_size, holdout=own.holdout, examples=own.examples
+        )
+
+
+def _prefixes(head: tuple[str, ...], named: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """As prefixes of parameter names. Raises UsageError for a name that nothing starts with."""
+    found = tuple(name if name in named else f"{name}." for name in head)
+    unknown = [own for own in found if not any(name.startswith(own) for name in named)]
+    absent = [own.rstrip(".") for own in unknown]
+    if absent and len(absent) == len(found):
+        raise UsageError("the model has no such head", got=", ".join(absent), remedy="Name modules or tensors of it.")
+    return tuple(own for own in found if own not in unknown) or ("\0",)
+
+
+def _train_mode(called: nn.Module, training: bool) -> None:
+    """Dropout works in training; norms with running statistics never do: the base is frozen."""
+    if called.training == training:
+        return
+    called.train(training)
+    for module in called.modules():
+        if hasattr(module, "running_mean"):
+            module.eval()

@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 class OnnxSession:
     """One file, loaded by onnxruntime's CPU provider with its default graph optimisations: as users will run it."""
 
-    def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
-        """Raises UnavailableError without onnxruntime or file, ArtifactError when onnxruntime refuses the model."""
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        initializers: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """`initializers` take the place of the file's own of these names.
+
+        Raises UnavailableError without onnxruntime or file, ArtifactError when onnxruntime refuses the model.
+        """
         path = existing(path, "ONNX file")
         try:
             import onnxruntime
@@ -31,6 +40,10 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
         if threads is not None:
             options.intra_op_num_threads = threads
+        values = initializers or {}
+        self._replaced = {name: onnxruntime.OrtValue.ortvalue_from_numpy(v) for name, v in values.items()}
+        for name, value in self._replaced.items():
+            options.add_initializer(name, value)  # read, not copied: they live as long as the session
         with _explained("onnxruntime cannot load the model", path):
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.path = path

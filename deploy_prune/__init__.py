@@ -33,6 +33,8 @@ _WHERE = {
     "refit": "deploy_prune.refitting",
     "recover": "deploy_prune.recovery",
     "collect_moments": "deploy_prune.refitting",
+    "diff": "deploy_prune.delta",
+    "TaskDelta": "deploy_prune.delta",
     # what is made
     "compact": "converters.surgery",
     "save_pruned": "converters.checkpoint",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from converters.surgery import compact
     from deploy_prune.adapters import find_sites
     from deploy_prune.data import load_data
+    from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.errors import DeployPruneError
     from deploy_prune.methods import search
     from deploy_prune.path import SolutionPath

@@ -8,7 +8,8 @@
 
 A directory or file may be written `package:MODULE/relative/path` when an installed Python package carries it. Any
 reference may end in `?name=value&...`, arguments of the model as JSON or plain text, and in `#sha256=HEX`, the
-expected hash of its weights file.
+expected hash of its weights file. `hf:...?new_head=3` puts a fresh classification head of 3 classes, the same at every
+load, on the encoder, for a task that is yet to be learned.
 """
 
 from __future__ import annotations
@@ -246,6 +247,9 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
             )
         check_sha256(files[0], reference.sha256)
     embedder = (folder / "modules.json").is_file()  # a sentence-transformers folder ships the encoder alone
+    classes = arguments.pop("new_head", None)
+    if classes is not None:
+        return _with_new_head(folder, reference, int(classes), arguments)
     cls = _model_class(folder, embedder)
     if getattr(cls, "_supports_sdpa", True):
         arguments.setdefault("attn_implementation", "sdpa")
@@ -274,6 +278,41 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
         unexpected=() if embedder else info["unexpected_keys"],
         misshapen=[(k, tuple(got), tuple(want)) for k, got, want in info["mismatched_keys"]],
     )
+    return model
+
+
+def _with_new_head(folder: Path, reference: Reference, classes: int, arguments: dict[str, Any]) -> nn.Module:
+    """The encoder in `folder` under a fresh classification head. Raises ArtifactError when the encoder is not whole."""
+    import torch
+    import transformers
+
+    arguments.setdefault("attn_implementation", "sdpa")
+    with torch.random.fork_rng(devices=[]), _without_progress_bars(), _without_load_report():
+        torch.manual_seed(0)
+        try:
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                num_labels=classes,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                "no classification head for this model", where=reference.text, got=str(error).splitlines()[0]
+            ) from error
+        body = f"{model.base_model_prefix}."
+        absent = {name for name in info["missing_keys"] if name.startswith(body)}
+        absent -= {name for name in absent if ".pooler." in name}  # encoders published without it
+        check_keys(str(folder), missing=absent, unexpected=(), misshapen=())
+        fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and (name in fresh or not name.startswith(body)):
+                torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)
     return model
 
 
@@ -379,6 +418,19 @@ def _importable(location: str) -> bool:
         return find_spec(location.partition(":")[0]) is not None
     except ImportError:
         return False
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence the report on a new head: it is missing in the file because it is new."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,9 @@ def test_applying_and_subtracting_are_exact_and_leave_other_tensors(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.integers(0, 40), st.integers())
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.integers(0, 40), st.integers()
+)
 def test_any_values_in_any_type_come_back(dtype, count, seed):
     base = model().to(dtype)
     task = copy.deepcopy(base)

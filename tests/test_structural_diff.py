@@ -48,7 +48,7 @@ def test_a_gate_is_open_as_often_as_its_probability_says(log_alpha):
     z = sampled(torch.full_like(u, log_alpha), u)
     expected = float(open_probability(torch.tensor(log_alpha)))
     assert float((z > 0).float().mean()) == pytest.approx(expected, abs=0.005)
-    assert 0 <= float(z.min()) and float(z.max()) <= 1
+    assert float(z.min()) >= 0 and float(z.max()) <= 1
     assert (z == 0).any() and (z == 1).any()
 
 

@@ -31,6 +31,8 @@ COMMANDS = {
     "run": "Run a recipe: search once, cut and prove a family of models, leave a bundle.",
     "search": "Score every unit of a model and write the solution path.",
     "export": "Cut models at given budgets from a solution path into a bundle.",
+    "diff": "Learn what a task changes of a frozen base model: a sparse task delta.",
+    "delta": "Apply, subtract, inspect or export a task delta.",
     "bench": "Time ONNX models against each other on a runtime.",
     "verify": "Check a bundle: hashes, graphs, outputs on stored inputs.",
     "inspect": "Show what a model, path, plan or bundle holds.",

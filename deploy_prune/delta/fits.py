@@ -128,8 +128,8 @@ def everywhere(base: Tensors) -> dict[str, Tensor]:
 
 
 def owners_of(model: nn.Module, base: Tensors, groups: str) -> Tensors:
-    """The group of every value: its tensor's, or, where a site's head or neuron owns its row or column of a linear layer,
-    that unit's. By name, int64, broadcastable to the tensor."""
+    """The group of every value: its tensor's, or, where a site's head or neuron owns its row or column of a linear
+    layer, that unit's. By name, int64, broadcastable to the tensor."""
     if groups == "none":
         return {}
     found: Tensors = {name: torch.tensor(number) for number, name in enumerate(base)}
@@ -169,4 +169,3 @@ def _split(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         found[name] = indices[low:high] - start
         start = start + size
     return found
-

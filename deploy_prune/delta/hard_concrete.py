@@ -14,7 +14,7 @@ EDGE = 1e-4  # uniform noise stays this far from 0 and 1
 def sampled(alpha: Tensor, generator: torch.Generator | None = None, low: float = LOW, high: float = HIGH) -> Tensor:
     """Gates drawn for logits α, of its shape (Louizos et al., arXiv 1712.01312; diff pruning, equation 4):
 
-        u ~ U(0, 1),   s = σ(log u − log(1 − u) + α),   z = min(1, max(0, s (r − l) + l))
+    u ~ U(0, 1),   s = σ(log u − log(1 − u) + α),   z = min(1, max(0, s (r − l) + l))
     """
     u = torch.empty_like(alpha).uniform_(EDGE, 1 - EDGE, generator=generator)
     return _stretched(torch.sigmoid(torch.logit(u) + alpha), low, high)

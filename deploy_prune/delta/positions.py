@@ -1,7 +1,7 @@
 """Sorted positions in few bytes: Golomb-Rice codes of the gaps between them.
 
-At density p a position holds log2(1/p) + log2(e) bits of information when p is small; a Rice code of the gaps needs a few
-per cent more (Golomb, Run-length encodings, IEEE Trans. Inf. Theory 12, 1966; Rice, JPL 79-22, 1979).
+At density p a position holds log2(1/p) + log2(e) bits of information when p is small; a Rice code of the gaps needs a
+few per cent more (Golomb, Run-length encodings, IEEE Trans. Inf. Theory 12, 1966; Rice, JPL 79-22, 1979).
 """
 
 from __future__ import annotations

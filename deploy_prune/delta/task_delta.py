@@ -1,7 +1,7 @@
 """A task delta: what a task changes of a base model, and nothing else of it.
 
-Positions and the exclusive or of old and new bits are stored, so that `apply` and `subtract` are one operation, exact to
-the bit whatever the rounding. The task's head is not of the base: it is stored whole.
+Positions and the exclusive or of old and new bits are stored, so that `apply` and `subtract` are one operation, exact
+to the bit whatever the rounding. The task's head is not of the base: it is stored whole.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # bytes of a v
 @dataclass(frozen=True)
 class Change:
     """Where one tensor of the base changes: `positions` (n,) int64, rising, in the flattened tensor, and `bits` (n,),
-    old bits exclusive or new bits."""
+    old bits exclusive or new bits. `base_sha256` is of the base tensor's bytes, for who has it in another file."""
 
     shape: tuple[int, ...]
     dtype: str
+    base_sha256: str
     positions: NDArray[np.int64]
     bits: NDArray[Any]
 
@@ -75,7 +76,11 @@ class TaskDelta:
             where = np.flatnonzero(before != after)
             if len(where):
                 changes[name] = Change(
-                    tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), where, before[where] ^ after[where]
+                    tuple(tensor.shape),
+                    str(tensor.dtype).removeprefix("torch."),
+                    hashlib.sha256(before.tobytes()).hexdigest(),
+                    where,
+                    before[where] ^ after[where],
                 )
         state = result.state_dict()
         return TaskDelta(
@@ -134,7 +139,8 @@ class TaskDelta:
             coded, k = encode(c.positions, _size(c))
             tensors[f"positions/{name}"] = torch.from_numpy(coded)
             tensors[f"bits/{name}"] = torch.from_numpy(c.bits.view(np.uint8))
-            listed[name] = {"shape": c.shape, "dtype": c.dtype, "count": len(c.positions), "k": k}
+            own = {"shape": c.shape, "dtype": c.dtype, "base_sha256": c.base_sha256}
+            listed[name] = {**own, "count": len(c.positions), "k": k}
         tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in self.head.items()}
         meta = {
             "_type": TYPE,
@@ -169,7 +175,7 @@ class TaskDelta:
                 bits = tensors[f"bits/{name}"].numpy().view(word)
                 if len(bits) != len(positions):
                     raise ValueError(f"{name} has {len(positions)} positions and {len(bits)} values")
-                changes[name] = Change(shape, c["dtype"], positions, bits)
+                changes[name] = Change(shape, c["dtype"], c["base_sha256"], positions, bits)
             head = {key.removeprefix("head/"): t for key, t in tensors.items() if key.startswith("head/")}
             return TaskDelta(meta["base_sha256"], meta["result_sha256"], changes, head, meta["facts"])
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -200,7 +206,11 @@ class TaskDelta:
     def _check(self, tensors: Mapping[str, Tensor], wanted: str, what: str) -> None:
         problems = [
             f"{name}: expected {c.dtype} {c.shape}, got "
-            + ("nothing" if (t := tensors.get(name)) is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}")
+            + (
+                "nothing"
+                if (t := tensors.get(name)) is None
+                else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            )
             for name, c in self.changes.items()
             if (t := tensors.get(name)) is None
             or tuple(t.shape) != c.shape
@@ -221,8 +231,8 @@ def stack(base: nn.Module, deltas: Mapping[str, TaskDelta], *, overlap: str = "r
     """One delta of several of one base: where they change different values, all changes.
 
     `overlap` says what happens to a value that several change: "refuse" raises UsageError, "add" adds what each of them
-    adds (task arithmetic; Ilharco et al., arXiv 2212.04089). Heads must differ in name. Raises ArtifactError for another
-    base.
+    adds (task arithmetic; Ilharco et al., arXiv 2212.04089). Heads must differ in name. Raises ArtifactError for
+    another base.
     """
     import copy
 
@@ -272,7 +282,7 @@ def body_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(_bits(tensor)))
+        digest.update(_bits(tensor).tobytes())
     return digest.hexdigest()
 
 
@@ -351,5 +361,5 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(_bits(tensor)))
+        digest.update(_bits(tensor).tobytes())
     return digest.hexdigest()

@@ -71,9 +71,9 @@ def diff(
 
     First every value may change, under a penalty on how many do (l0, l1); then the largest `share` of the changes is
     kept and trained alone, from where it stands. The task's head, modules or tensors that start with one of the names
-    `head` (by default those that `head_of` finds), is trained whole and does not count. The best weights on the held-out
-    part are kept. `options` are those of DiffOptions. The given model is not changed. Same seed, data and versions: same
-    delta. Raises UsageError (options), DataError (no labels), RecoveryError (the loss is not finite).
+    `head` (by default those that `head_of` finds), is trained whole and does not count. The best weights on the
+    held-out part are kept. `options` are those of DiffOptions. The given model is not changed. Same seed, data and
+    versions: same delta. Raises UsageError (options), DataError (no labels), RecoveryError (the loss is not finite).
     """
     parsed = options_from(options)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -88,7 +88,8 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
     if prefix and hasattr(model, prefix):
         return tuple(name for name, _ in model.named_children() if name != prefix)
     if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
+        timm_model: Any = model
+        classifier = timm_model.get_classifier()
         return tuple(name for name, module in model.named_modules() if module is classifier)
     if prefix:
         return ()  # a transformers model without a head
@@ -257,7 +258,9 @@ class _Training:
                 total = loss if penalty is None else loss + penalty().to(loss)
                 if not torch.isfinite(total):
                     raise RecoveryError(
-                        f"the loss is not finite at step {step + 1} of {phase}", where=self.task.name, remedy="Lower lr."
+                        f"the loss is not finite at step {step + 1} of {phase}",
+                        where=self.task.name,
+                        remedy="Lower lr.",
                     )
                 optimizer.zero_grad()
                 total.backward()

@@ -1,0 +1,237 @@
+"""Diff pruning finds a sparse difference that learns the task, and nothing of the base moves elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from shipped import SIGNATURES, exported
+
+import deploy_prune as dp
+from converters.delta_onnx import task_initializers, task_session
+from deploy_prune.cli.main import cli
+from deploy_prune.delta import TaskDelta, diff
+from deploy_prune.delta.fits import Dense, Sparse, at_random, largest, owners_of
+from deploy_prune.delta.hard_concrete import chance_open, expected, sampled
+from deploy_prune.delta.training import head_of
+from deploy_prune.demo import digits_vit
+from deploy_prune.errors import ArtifactError, DataError, UsageError
+
+QUICK: dict[str, Any] = {"epochs": 1, "mask_epochs": 1, "examples": 200, "share": 0.01, "lr": 1e-3, "mask_lr": 1e-3}
+REFERENCE = "python:deploy_prune.demo:digits_vit"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A trained model whose head has been forgotten, and the task."""
+    model = digits_vit()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    task = dp.load_task(
+        "image-classification", model=model, model_ref="x", calibration="digits:train", evaluation="digits:test"
+    )
+    return model, task
+
+
+def test_gates_are_zero_one_or_between_as_often_as_their_formula_says():
+    alpha = torch.full((200_000,), 0.3)
+    z = sampled(alpha, torch.Generator().manual_seed(0))
+    assert (z > 0).float().mean().item() == pytest.approx(float(chance_open(alpha)[0]), abs=0.005)
+    assert ((z >= 0) & (z <= 1)).all()
+    assert float(chance_open(torch.tensor(5.0))) == pytest.approx(1 / (1 + math.exp(-5)))
+    assert expected(torch.tensor([-9.0, 0.0, 9.0])).tolist() == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+def test_the_structured_penalty_is_that_of_the_paper():
+    base = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    owners = {"a": torch.tensor(0), "b": torch.tensor(1)}
+    dense = Dense(base, gated=True, alpha=0.7, strength=0.1, owners=owners)
+    dense.group_alpha.data = torch.tensor([1.0, -2.0])
+    σ = torch.sigmoid
+    wanted = 0.1 * (12 * σ(torch.tensor(0.7)) * σ(torch.tensor(1.0)) + 5 * σ(torch.tensor(0.7)) * σ(torch.tensor(-2.0)))
+    torch.testing.assert_close(dense.penalty(), wanted)
+
+
+def test_the_proximal_step_makes_exact_zeros():
+    dense = Dense({"a": torch.zeros(3)}, gated=False, alpha=5.0, strength=0.5)
+    dense.w["a"].data = torch.tensor([0.4, -0.04, -0.2])
+    dense.shrink(0.1)
+    torch.testing.assert_close(dense.w["a"], torch.tensor([0.35, 0.0, -0.15]))
+    assert dense.w["a"][1] == 0
+
+
+def test_the_largest_differences_are_chosen_over_all_tensors():
+    chosen = largest({"a": torch.tensor([[0.1, -5.0], [0.0, 0.3]]), "b": torch.tensor([4.0, 0.2])}, 3)
+    assert {name: where.tolist() for name, where in chosen.items()} == {"a": [1, 3], "b": [0]}
+    assert {n: w.tolist() for n, w in largest({"a": torch.zeros(4)}, 3).items()} == {"a": []}
+
+
+def test_a_random_choice_has_its_number_and_follows_the_seed():
+    base = {"a": torch.zeros(100), "b": torch.zeros(7, 9)}
+    one, two = at_random(base, 30, 1), at_random(base, 30, 2)
+    assert sum(map(len, one.values())) == 30
+    assert not torch.equal(one["a"], two["a"])
+
+
+def test_a_sparse_difference_moves_only_what_was_chosen():
+    base = {"a": torch.randn(4, 5)}
+    sparse = Sparse(base, {"a": torch.tensor([3, 17])})
+    sparse.values["a"].data += 1
+    moved = (sparse.tensors()["a"] != base["a"]).flatten()
+    assert moved.nonzero().flatten().tolist() == [3, 17]
+
+
+def test_units_of_a_site_share_a_group_in_all_its_layers(tiny_bert):
+    base = {n: p for n, p in tiny_bert.named_parameters() if not n.startswith("classifier")}
+    owners = owners_of(tiny_bert, base, "unit")
+    layer = "bert.encoder.layer.0"
+    up, down = owners[f"{layer}.intermediate.dense.weight"], owners[f"{layer}.output.dense.weight"]
+    assert torch.equal(up.flatten(), down.flatten())
+    assert torch.equal(up.flatten(), owners[f"{layer}.intermediate.dense.bias"])
+    heads = owners[f"{layer}.attention.self.query.weight"].flatten()
+    assert len(heads.unique()) == 4
+    assert torch.equal(heads, owners[f"{layer}.attention.self.value.weight"].flatten())
+    assert len(owners["bert.embeddings.word_embeddings.weight"].unique()) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "tensor"}, {"groups": "unit"}, {"fit": "l1"}, {"fit": "random"}])
+def test_a_fit_learns_the_task_within_its_share_and_comes_back(digits, options):
+    model, task = digits
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = diff(model, task, **{**QUICK, **options})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert found.after > found.before + 0.3
+    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("head."))
+    assert 0 < found.delta.count <= round(0.01 * total)
+    made = found.delta.apply(digits_vit())
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), found.model.parameters(), strict=True))
+    assert set(found.delta.head) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("fit", ["bitfit", "last-layer", "full", "lora"])
+def test_the_fits_to_compare_with_change_what_their_name_says(digits, fit):
+    model, task = digits
+    found = diff(model, task, **{**QUICK, "fit": fit})
+    assert found.after > found.before
+    names = set(found.delta.changes)
+    if fit == "bitfit":
+        assert names
+        assert all(name.endswith("bias") for name in names)
+    elif fit == "last-layer":
+        assert not names
+    elif fit == "lora":
+        assert all(name.endswith("weight") for name in names)
+        assert found.trainable["mask"] < 0.06 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_same_seed_finds_the_same_delta(digits, tmp_path):
+    model, task = digits
+    files = []
+    for name in ("a", "b"):
+        found = diff(model, task, seed=3, **{**QUICK, "examples": 100})
+        found.delta.save(tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_bad_requests_are_refused(digits, tiny_bert):
+    model, task = digits
+    with pytest.raises(UsageError, match="bad option"):
+        diff(model, task, shore=0.1)
+    with pytest.raises(UsageError, match="belong to"):
+        diff(model, task, fit="l1", groups="tensor")
+    with pytest.raises(UsageError, match="no such head"):
+        diff(model, task, head=("tail",))
+    unlabeled = dp.load_task(
+        "image-classification", model=model, model_ref="x", calibration=unlabeled_images(), metric="agreement"
+    )
+    with pytest.raises(DataError, match="labeled"):
+        diff(model, unlabeled, **QUICK)
+    assert "classifier" in head_of(tiny_bert)
+
+
+def unlabeled_images():
+    from deploy_prune.data import load_data
+
+    data = load_data("digits:train")
+    return type(data)(data.reference, {"image": data.column("image")})
+
+
+def test_one_base_file_serves_a_task_at_load_time(tiny_bert):
+    """Initializers are replaced while the session is made: it answers as torch with the delta applied does."""
+    import copy
+
+    from converters.parity import check_parity
+
+    path, _ = exported("tiny_bert", tiny_bert)
+    task = copy.deepcopy(tiny_bert)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in task.parameters():
+            flat = p.view(-1)
+            where = torch.randperm(len(flat), generator=generator)[: max(1, len(flat) // 50)]
+            flat[where] += torch.randn(len(where), generator=generator) * 0.1
+    head = [n for n, _ in task.named_parameters() if n.startswith("classifier")]
+    delta = TaskDelta.between(tiny_bert, task, head)
+    session = task_session(path, delta)
+
+    def form(inputs):
+        return torch.from_numpy(session.run({name: tensor.numpy() for name, tensor in inputs.items()}))
+
+    report = check_parity({"task": task, "onnx": form}, SIGNATURES["tiny_bert"])
+    assert report.error < 2e-4
+    plain = check_parity({"base": tiny_bert, "onnx": path}, SIGNATURES["tiny_bert"])
+    assert plain.error < 2e-4, "the base's file is as it was"
+
+
+def test_a_delta_on_another_file_is_refused(tiny_bert, tiny_distilbert):
+    import copy
+
+    path, _ = exported("tiny_bert", tiny_bert)
+    other, task = copy.deepcopy(tiny_bert), copy.deepcopy(tiny_bert)
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight[0, 0] += 1
+        task.bert.encoder.layer[0].output.dense.weight[0, 0] += 2
+    with pytest.raises(ArtifactError, match="does not fit"):
+        task_initializers(path, TaskDelta.between(other, task))
+    distilled, _ = exported("tiny_distilbert", tiny_distilbert)
+    with pytest.raises(ArtifactError, match="no such initializer"):
+        task_initializers(distilled, TaskDelta.between(tiny_bert, task))
+
+
+def test_from_the_command_line_to_onnx(tmp_path):
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, [*arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    file, data = str(tmp_path / "d.safetensors"), ["--task", "image-classification", "--data", "digits:train"]
+    settings = [f"--set={key}={value}" for key, value in QUICK.items() if key != "share"]
+    found = json.loads(
+        run("-q", "diff", REFERENCE, *data, "--eval", "digits:test", "--share", ".01", *settings, "-o", file, "--json")
+    )
+    assert found["evaluation"]["task"]["value"] > 0.9
+    assert found["file_bytes"] < 0.05 * found["sizes"]["base"]
+    assert json.loads(run("-q", "delta", "inspect", file, "--json"))["values changed"] > 0
+    onnx, base = str(tmp_path / "task.onnx"), str(tmp_path / "base.onnx")
+    exported_task = json.loads(run("-q", "delta", "export", file, "-o", onnx, "--json"))
+    assert exported_task["parity"]["error"] < 2e-4
+    run("-q", "delta", "export", file, "--base", "-o", base)
+    assert json.loads(run("-q", "delta", "export", file, "--onto", base, "--json"))["parity"]["error"] < 2e-4
+    whole = str(tmp_path / "whole.safetensors")
+    run("-q", "delta", "apply", file, "-o", whole)
+    assert CliRunner().invoke(cli, ["-q", "delta", "export", file]).exit_code != 0
+
+
+def test_a_new_head_is_the_same_at_every_load(saved, tiny_bert):
+    folder = saved(tiny_bert)
+    one, two = (dp.load_model(f"hf:{folder}?new_head=5") for _ in range(2))
+    assert one.config.num_labels == 5
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
+    assert torch.equal(
+        one.bert.encoder.layer[0].output.dense.weight, tiny_bert.bert.encoder.layer[0].output.dense.weight
+    )

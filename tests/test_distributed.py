@@ -47,11 +47,12 @@ ITERATED: dict[str, Any] = {"steps": 12, "objective": "distill", "basis": "own",
 
 
 def moments_in(directory: Path, compute: Compute, limit: float) -> dict[str, Any]:
+    """Tokens weighted by the loss's gradient, so that a pass backward is part of it."""
     model, task = digits()
     sites = find_sites(model)
     order = task.calibration_order(task.calibration_items(EXAMPLES), 16)
     with placed(model, sites, compute) as ready, torch.no_grad():
-        collect_to(directory, ready, sites, task, order, limit=limit, compute=compute)
+        collect_to(directory, ready, sites, task, order, limit=limit, losses=task.calibration_losses(), compute=compute)
     distributed.all_gather(None)  # the file of the last group is there
     return {name: (m.count, m.mean, m.second) for name, m in load_moments(directory).items()}
 

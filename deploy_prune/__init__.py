@@ -32,6 +32,7 @@ _WHERE = {
     "PrunePlan": "deploy_prune.plan",
     "refit": "deploy_prune.refitting",
     "recover": "deploy_prune.recovery",
+    "train_dynamic": "deploy_prune.dynamic.trained",
     "collect_moments": "deploy_prune.refitting",
     "diff": "deploy_prune.delta",
     "TaskDelta": "deploy_prune.delta",
@@ -39,6 +40,8 @@ _WHERE = {
     "compact": "converters.surgery",
     "save_pruned": "converters.checkpoint",
     "load_pruned": "converters.checkpoint",
+    "save_apart": "converters.adapters_apart",
+    "load_apart": "converters.adapters_apart",
     "export_onnx": "converters.onnx_export",
     "check_parity": "converters.parity",
     # what is measured and shipped
@@ -56,6 +59,7 @@ __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from bench.timing import measure
+    from converters.adapters_apart import load_apart, save_apart
     from converters.checkpoint import load_pruned, save_pruned
     from converters.onnx_export import export_onnx
     from converters.parity import check_parity
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from deploy_prune.adapters import find_sites
     from deploy_prune.data import load_data
     from deploy_prune.delta import TaskDelta, diff
+    from deploy_prune.dynamic.trained import train_dynamic
     from deploy_prune.errors import DeployPruneError
     from deploy_prune.methods import search
     from deploy_prune.path import SolutionPath

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,15 @@ def is_cuttable(layer: nn.Module | nn.Parameter) -> bool:
     return type(layer) is nn.Linear or is_transposed(layer) or isinstance(layer, nn.Parameter)
 
 
+def plain(layer: nn.Module) -> nn.Module:
+    """The layer itself, or the one that an adapter of peft was put beside."""
+    if "peft" not in sys.modules:
+        return layer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
 def matrix(layer: nn.Module | nn.Parameter) -> Tensor:
     """A view of the layer's weight as (out, in); writing into it changes the layer.
 
@@ -43,7 +53,7 @@ def matrix(layer: nn.Module | nn.Parameter) -> Tensor:
         return layer.detach().flatten(1) if layer.dim() > 1 else layer.detach().unsqueeze(1)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().T if is_transposed(layer) else weight.detach()
+    return weight.detach().T if is_transposed(plain(layer)) else weight.detach()
 
 
 def bias_of(layer: nn.Module | nn.Parameter) -> Tensor | None:

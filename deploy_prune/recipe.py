@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from deploy_prune.dynamic.options import DynamicOptions
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_text import expand, explain, override, parse
 from deploy_prune.recovery.options import RecoverOptions
@@ -124,6 +125,20 @@ class RecoverPart(RecoverOptions):
     progressive: bool = False
 
 
+class DynamicPart(DynamicOptions):
+    """Training in which the structure changes too, in place of `recover`; the search's plan is where it begins.
+    `apart`: leave the compact base and its cut adapters apart too (method lora), in `adapters/NAME` of the bundle."""
+
+    enabled: bool = False
+    apart: bool = False
+
+    @model_validator(mode="after")
+    def _apart_needs_adapters(self) -> DynamicPart:
+        if self.apart and self.method != "lora":
+            raise ValueError("`apart` needs `method: lora`")
+        return self
+
+
 MAX_OPSET = 23  # the newest one tried with the exporter
 
 
@@ -172,6 +187,7 @@ class Recipe(Part):
     family: FamilyPart
     refit: RefitPart = RefitPart()
     recover: RecoverPart = RecoverPart()
+    dynamic: DynamicPart = DynamicPart()
     export: ExportPart = ExportPart()
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()
@@ -181,6 +197,12 @@ class Recipe(Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     _portable: dict[str, Any] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _one_training(self) -> Recipe:
+        if self.dynamic.enabled and self.recover.enabled:
+            raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
+        return self
 
     def portable(self) -> dict[str, Any]:
         """As `resolved`, with `${NAME}` left as it was written: what a bundle may say without naming this machine."""

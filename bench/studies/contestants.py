@@ -53,6 +53,28 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant(
             "fisher", "diagonal Fisher information of the gates", "fisher", "ridge", HEADS_AND_NEURONS, our_refit=True
         ),
+        # Of this project too, on ideas of others; with its refit, since none of the three publishes a correction.
+        Contestant(
+            "layer-adaptive",
+            "layer ratios by gradient importance, Fisher within",
+            "layer-adaptive",
+            "ridge",
+            our_refit=True,
+        ),
+        Contestant(
+            "fine-grained",
+            "the same ratios; attention variance, activations within",
+            "fine-grained",
+            "ridge",
+            our_refit=True,
+        ),
+        Contestant(
+            "structural-diff",
+            "gates and size control of CoFi, arXiv 2204.00408, weights frozen and without its distillation of layers",
+            "structural-diff",
+            "ridge",
+            our_refit=True,
+        ),
         Contestant("taylor", "first-order Taylor of the gates", "taylor"),
         Contestant("magnitude", "squared weights of coupled rows and columns", "magnitude"),
         Contestant("random", "the floor", "random"),

@@ -11,18 +11,20 @@ import click
 from deploy_prune.cli import console
 from deploy_prune.errors import UsageError
 
-TABLES = ("units", "not offered", "stays", "sites", "layers", "groups", "members", "latency")
+TABLES = ("units", "not offered", "stays", "sites", "layers", "changes", "groups", "members", "latency")
 LAYERS_AT = (0.1, 0.3, 0.5)  # sparsities shown where --plot is given without --at
 
 
 @click.command(short_help="Show what a model, path, plan or bundle holds.")
 @click.argument("thing")
 @click.option("--at", metavar="X,...", help="Of a path: what every layer keeps at these sparsities.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw that table: FILE.png, .svg or .pdf")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it, or a history: FILE.png, .svg, .pdf"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(thing: str, at: str | None, plot: Path | None, as_json: bool) -> None:
-    """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path (.safetensors), a plan (.json), a
-    bundle (directory) or a recipe (.yaml, or a built-in name).
+    """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path (.safetensors), a plan (.json), the
+    history of a dynamic training (.history.json), a bundle (directory) or a recipe (.yaml, or a built-in name).
 
     A model reference is loaded; python: references run your code.
     """
@@ -30,9 +32,16 @@ def command(thing: str, at: str | None, plot: Path | None, as_json: bool) -> Non
     from deploy_prune.recipe_text import shares
 
     describe = _describer(thing)
-    if (at or plot) and describe is not describe_path:
-        raise UsageError("--at and --plot show the layers of a path", got=thing, expected="FILE.safetensors")
-    report = describe_layers(thing, shares(at, "--at") or LAYERS_AT, plot) if at or plot else describe(thing)
+    if describe is describe_history and not at:
+        report = describe_history(thing, plot)
+    elif (at or plot) and describe is not describe_path:
+        raise UsageError(
+            "--at and --plot show the layers of a path, --plot also a history",
+            got=thing,
+            expected="FILE.safetensors or NAME.history.json",
+        )
+    else:
+        report = describe_layers(thing, shares(at, "--at") or LAYERS_AT, plot) if at or plot else describe(thing)
     if as_json:
         console.emit_json(report)
         return
@@ -58,6 +67,8 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
         return describe_bundle
     if path.suffix == ".safetensors":
         return describe_path
+    if path.name.endswith("history.json"):
+        return describe_history
     if path.suffix == ".json":
         return describe_plan
     if path.suffix in (".yaml", ".yml") or thing in builtin_recipes():
@@ -140,6 +151,21 @@ def describe_plan(file: str) -> dict[str, Any]:
             {"site": site, **{f"{kind.value}s kept": len(indices) for kind, indices in kinds.items()}}
             for site, kinds in plan.keep.items()
         ],
+    }
+
+
+def describe_history(file: str, plot: Path | None = None) -> dict[str, Any]:
+    """What left and came back in a dynamic training; drawn into the file `plot` too."""
+    from deploy_prune.dynamic.history import History, plot_history, rows
+
+    history = History.load(file)
+    if plot is not None:
+        plot_history(history, plot, Path(file).name.removesuffix(".history.json"))
+    return {
+        "type": "history of a dynamic training",
+        "kept structure of step": history.best_step,
+        "units back after they had left": history.returned(),
+        "changes": rows(history),
     }
 
 

@@ -32,7 +32,7 @@ class LayerOptions(Options):
     """How the layers share the cut; a layer is a site, an attention or a feed-forward."""
 
     importance: SiteMeasure = Field(
-        "combined", description="of a layer: its output's gradient, its activation, or both multiplied token by token"
+        "gradient", description="of a layer: its output's gradient, its activation, or both multiplied token by token"
     )
     importance_power: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="above 1 spares the most important layers more than the others"

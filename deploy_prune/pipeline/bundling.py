@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
+from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES
 from deploy_prune.pipeline.workspace import Stage
@@ -98,13 +99,15 @@ def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionP
     if exported["external"]:
         _link(bundle, f"models/{exported['external']}", stage.directory / exported["external"])
     samples = _link(bundle, f"samples/{name}.safetensors", stage.directory / SAMPLES)
-    checkpoint = stage.directory / CHECKPOINT
+    checkpoint, adapters, history = (stage.directory / part for part in (CHECKPOINT, APART, HISTORY))
     plan = None if name == DENSE else PrunePlan.load(stage.directory / PLAN)
     return member_from(
         name,
         exported,
         plan=None if plan is None else _link(bundle, f"plans/{name}.json", stage.directory / PLAN),
         checkpoint=_link(bundle, f"checkpoints/{name}", checkpoint) if checkpoint.is_dir() else None,
+        adapters=_link(bundle, f"adapters/{name}", adapters) if adapters.is_dir() else None,
+        history=_link(bundle, f"plans/{name}.history.json", history) if history.is_file() else None,
         asked=plan.asked if plan else None,
         achieved=plan.achieved if plan else _dense_costs(path),
         quality=facts["quality"],

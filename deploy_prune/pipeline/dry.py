@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
@@ -102,6 +103,8 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     stages.append("dense: export, parity, quality")
     if recipe.recover.enabled:
         cut += f", parity, quality, recover ({_recovery(recipe)})"
+    if recipe.dynamic.enabled:
+        cut = f"plan, refit, train with changing structure ({_dynamic(recipe)}), cut, parity, quality"
     stages.append(f"each of {len(members)} members: {cut}, export, parity, quality")
     if recipe.bench.enabled:
         bench = recipe.bench
@@ -118,6 +121,14 @@ def _recovery(recipe: Recipe) -> str:
     weights = "all weights" if how.method == "full" else f"adapters of rank {how.rank}"
     start = "the recovered next larger member" if how.progressive else "the dense model's weights"
     return f"{weights}, {length} of batches of {how.batch_size}, from {start}"
+
+
+def _dynamic(recipe: Recipe) -> str:
+    how = recipe.dynamic
+    length = f"{how.steps} steps" if how.steps else f"{how.epochs or EPOCHS:g} epochs"
+    weights = "all weights" if how.method == "full" else f"adapters of rank {how.rank}"
+    every = f"every {how.every} steps" if how.every else f"{UPDATES} times"
+    return f"{weights}, {length} of batches of {how.batch_size}; {every} at most {how.drop:.0%} are exchanged"
 
 
 def _said(source: SourceInfo) -> str:

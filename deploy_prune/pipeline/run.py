@@ -13,6 +13,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
+from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.workspace import (
@@ -178,6 +179,7 @@ def member_stages(
 ) -> dict[str, Stage]:
     """One stage per member. All plans are made first, so that a target out of reach is known before any work."""
     from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
     from deploy_prune.refitting import load_moments
 
     path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
@@ -199,7 +201,10 @@ def member_stages(
             **_parts(setup, "refit", "parity", "quality"),
         }
         recovered = None
-        if setup.recipe.recover.enabled:
+        if setup.recipe.dynamic.enabled:
+            recovered = dynamic_stage(workspace, setup, name, plan, loaded, dense, path, inputs)
+            plan = distributed.from_main(lambda made=recovered: PrunePlan.load(made.directory / stages.PLAN))
+        elif setup.recipe.recover.enabled:
             recovered = recovery_stage(workspace, setup, name, plan, loaded, dense, path, larger, inputs)
             if setup.recipe.recover.progressive:
                 larger = Seed(name, plan, recovered.directory / WEIGHTS, recovered.fingerprint)
@@ -219,6 +224,8 @@ def member_stages(
                 basis=path.basis,
                 recovered=recovered.directory if recovered else None,
             )
+            if recovered is not None:
+                take_extras(recovered.directory, directory)
             write_json(directory / FACTS, facts)
 
         done[name] = workspace.stage(name, inputs, work)
@@ -255,6 +262,30 @@ def recovery_stage(
         )
 
     done = workspace.stage(f"{name}.recovered", own, work, together=True)
+    workspace.forget(saved)
+    return done
+
+
+def dynamic_stage(
+    workspace: Workspace,
+    setup: Setup,
+    name: str,
+    plan: PrunePlan,
+    moments: Callable[[], Moments | None],
+    dense: Stage,
+    path: SolutionPath,
+    inputs: Mapping[str, Any],
+) -> Stage:
+    """A member's weights and plan after a training with changing structure; a killed one goes on inside of it."""
+    how = setup.recipe.dynamic.model_dump(mode="json", exclude={"enabled", "workers"})
+    own = {**inputs, "dynamic": how}
+    saved = workspace.saved(f"{name}.trained")
+    state = SavedState(saved, fingerprint(own), setup.recipe.compute.checkpoint_minutes)
+
+    def work(directory: Path) -> None:
+        dynamic_member(setup, plan, moments(), directory, basis=path.basis, saved=state, reference=_reference(dense))
+
+    done = workspace.stage(f"{name}.trained", own, work, together=True)
     workspace.forget(saved)
     return done
 

@@ -108,11 +108,13 @@ def check_names(recipe: Recipe) -> None:
                 f"Options belong to one method. To run {recipe.search.method} with its own defaults: "
                 "--set search.options={}"
             )
-    if recipe.recover.enabled and recipe.task.name in TASKS:
-        try:
-            check_fits(recipe.recover, task_class(recipe.task.name))
-        except UsageError as error:
-            problems += [f"recover.{problem}" for problem in error.problems]
+    for part in ("recover", "dynamic"):
+        training = getattr(recipe, part)
+        if training.enabled and recipe.task.name in TASKS:
+            try:
+                check_fits(training, task_class(recipe.task.name))
+            except UsageError as error:
+                problems += [f"{part}.{problem}" for problem in error.problems]
     for index, runtime in enumerate(recipe.bench.runtimes):
         if runtime not in RUNTIMES:
             problems.append(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ class Training:
             shard(student, sites, self.device)
         elif distributed.count() > 1:
             called = self.accelerator.prepare_model(called)
-        self.called = called
+        self.called, self.student = called, student
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         groups = decay_groups(student, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.rate, fused=True)
@@ -142,15 +143,19 @@ class Training:
         if self.best_weights is not None:
             if self.options.method == "lora":
                 self._adapt(model)
-            own = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in self.best_weights.items():
-                    own[name].copy_(value)
+            self._put_best(model)
             if self.options.method == "lora":
                 merge_adapters(model)
         for parameter, like in zip(model.parameters(), self.given.parameters(), strict=True):
             parameter.requires_grad_(like.requires_grad)
         return model.train(self.given.training)
+
+    def _put_best(self, model: nn.Module) -> None:
+        """Write the best weights into a model that has them by the same names."""
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in (self.best_weights or {}).items():
+                own[name].copy_(value)
 
     def _step(self, step: int, parts: list[Batch]) -> float:
         """One optimiser step; returns the mean loss of its parts. All chance follows from seed, step and process."""
@@ -196,7 +201,10 @@ class Training:
             standing.since += 1
             if standing.marks[-1].beats(standing.marks[standing.best], self.task.higher_is_better):
                 standing.best, standing.since = len(standing.marks) - 1, 0
-                self.best_weights = {n: whole(p).detach().cpu().clone() for n, p in self.parameters.items()}
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        self.best_weights = {n: whole(p).detach().cpu().clone() for n, p in self.parameters.items()}
 
     def _mark(self) -> Mark:
         """The main process's mark of the present weights; every process takes part."""
@@ -229,10 +237,19 @@ class Training:
             return False
         mean = None if self.ema is None else self.ema.mean
         self.best_weights = restore_state(state.tensors, self.parameters, self.optimizer, mean)
-        self.standing = Standing.from_json(state.facts)
+        self.standing = Standing.from_json(state.facts["standing"])
+        self._take_own_state(state.tensors, state.facts["own"])
         return True
 
     def _save(self, saved: SavedState) -> None:
         mean = None if self.ema is None else self.ema.mean
         tensors = state_tensors(self.parameters, self.optimizer, mean, self.best_weights)
-        saved.save(_NAME, tensors, self.standing.to_json())
+        own, facts = self._own_state()
+        saved.save(_NAME, tensors | own, {"standing": self.standing.to_json(), "own": facts})
+
+    def _own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a training of another kind must find again besides weights and standing: tensors and JSON data."""
+        return {}, {}
+
+    def _take_own_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take up what `_own_state` gave."""

@@ -134,6 +134,8 @@ class Member(_Part):
     weight_bytes: Count
     plan: Text | None = None
     checkpoint: Text | None = None
+    adapters: Text | None = None
+    history: Text | None = None
     asked: Target | None = None
     achieved: Costs | None = None
     quality: QualityEntry | None = None
@@ -144,14 +146,15 @@ class Member(_Part):
     audit: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
 
-    @field_validator("file", "external", "plan", "checkpoint")
+    @field_validator("file", "external", "plan", "checkpoint", "adapters", "history")
     @classmethod
     def _relative(cls, path: str | None) -> str | None:
         return None if path is None else check_relative(path)
 
     def named_files(self) -> list[str]:
         """Files of the bundle that the member cannot do without."""
-        return [path for path in (self.file, self.external, self.plan, self.samples.file) if path is not None]
+        named = (self.file, self.external, self.plan, self.history, self.samples.file)
+        return [path for path in named if path is not None]
 
 
 class Manifest(_Part):

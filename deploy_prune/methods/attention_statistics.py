@@ -68,20 +68,20 @@ def measured(p: Tensor, valid: Tensor | None, measure: AttentionMeasure) -> tupl
     """
     if valid is None:
         valid = torch.ones(p.shape[0], p.shape[2], dtype=torch.bool, device=p.device)
-    counts = valid[:, None, :].double()
+    counts = valid[:, None, :].to(p.dtype)
     if measure == "variance-over-queries":
         n = counts.sum(2, keepdim=True).clamp(min=1)[..., None]
         weight = counts[..., None]
         mean = (p * weight).sum(2, keepdim=True) / n
         spread = ((p - mean).square() * weight / n).sum((2, 3))
-        return spread.sum(0), p.new_tensor(len(p), dtype=torch.float64)
+        return spread.double().sum(0), p.new_tensor(len(p), dtype=torch.float64)
     keys = (p > 0).sum(-1).clamp(min=1).double()
     if measure == "variance":
-        each = (p.double().square().sum(-1) - 1 / keys).clamp(min=0)
+        each = (p.square().sum(-1).double() - 1 / keys).clamp(min=0)
     else:
-        H = torch.special.entr(p.double()).sum(-1)
-        each = torch.where(keys > 1, 1 - H / keys.clamp(min=2).log(), torch.zeros_like(H))
-    return (each * counts).sum((0, 2)), counts.sum()
+        H = torch.special.entr(p).sum(-1).double()
+        each = torch.where(keys > 1, (1 - H / keys.clamp(min=2).log()).clamp(min=0), torch.zeros_like(H))
+    return (each * counts).sum((0, 2)), counts.double().sum()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +203,7 @@ def member_stages(
         recovered = None
         if setup.recipe.dynamic.enabled:
             recovered = dynamic_stage(workspace, setup, name, plan, loaded, dense, path, inputs)
-            plan = distributed.from_main(lambda made=recovered: PrunePlan.load(made.directory / stages.PLAN))
+            plan = distributed.from_main(partial(PrunePlan.load, recovered.directory / stages.PLAN))
         elif setup.recipe.recover.enabled:
             recovered = recovery_stage(workspace, setup, name, plan, loaded, dense, path, larger, inputs)
             if setup.recipe.recover.progressive:

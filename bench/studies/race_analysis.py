@@ -126,6 +126,18 @@ def points(
     return found
 
 
+def best_throughout(result: RaceResult, ours: str = "spp") -> tuple[str, str, float] | None:
+    """Contestant, form and mean loss of the one other that loses least on average over all sizes that ours has."""
+    rows = sound(result)
+    sizes = {row["asked"] for row in rows if row["contestant"] == ours}
+    found = []
+    for name, form in dict.fromkeys((row["contestant"], row["form"]) for row in rows if row["contestant"] != ours):
+        own = [row for row in rows if (row["contestant"], row["form"]) == (name, form) and row["asked"] in sizes]
+        if len(own) == len(sizes):
+            found.append((name, form, float(np.mean([lost(result, row) for row in own]))))
+    return min(found, key=lambda each: each[2]) if found else None
+
+
 @dataclass(frozen=True)
 class Summary:
     """Over all points: `share` is what ours loses as a share of what the best other contestant loses, summed before

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from bench.studies.contestants import contestants
-from bench.studies.race_analysis import Point, lost, points, sound, summary
+from bench.studies.race_analysis import Point, best_throughout, lost, points, sound, summary
 from bench.studies.race_result import DENSE, RaceResult
 
 BEGIN, END = "<!-- race: made by bench.studies.race_report -->", "<!-- end of race -->"
@@ -141,6 +141,13 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
         f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}: "
         f"{over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f}).",
     ]
+    if trained is None and (one := best_throughout(result)) is not None:
+        name, form, mean = one
+        lines += [
+            "",
+            f"The one other that loses least over all sizes is {name} ({shown_form(name, form)}): "
+            f"{_figure(mean, unit)} on average, of which ours loses {over.lost / mean:.2f}.",
+        ]
     if trained is None:
         our_refit = [name for name, c in contestants().items() if c.our_refit]
         over = summary(points(result, ("own",), without=our_refit))

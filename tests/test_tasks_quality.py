@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deploy_prune.tasks.quality import Quality, bootstrap, perplexity, share, spearman
+from deploy_prune.tasks.quality import Quality, bootstrap, f1, matthews, perplexity, share, spearman
 
 
 def test_share_has_the_wilson_interval() -> None:
@@ -21,6 +21,23 @@ def test_spearman_equals_scipy_with_ties() -> None:
     generator = np.random.default_rng(0)
     rows = np.stack([generator.normal(size=50), generator.integers(0, 4, 50)], axis=1)
     assert spearman(rows) == pytest.approx(stats.spearmanr(rows[:, 0], rows[:, 1]).statistic)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_matthews_and_f1_equal_scikit_learn(classes: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(classes)
+    labels = generator.integers(0, classes, 200)
+    answers = np.where(generator.random(200) < 0.6, labels, generator.integers(0, classes, 200))
+    rows = np.stack([answers, labels], axis=1).astype(float)
+    assert matthews(rows) == pytest.approx(metrics.matthews_corrcoef(labels, answers))
+    if classes == 2:
+        assert f1(rows) == pytest.approx(metrics.f1_score(labels, answers))
+
+
+def test_answers_of_one_class_correlate_with_nothing() -> None:
+    rows = np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    assert matthews(rows) == f1(rows) == 0.0
 
 
 def test_perplexity_weighs_tokens_not_windows() -> None:

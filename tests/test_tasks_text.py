@@ -71,6 +71,37 @@ def test_accuracy_of_the_models_own_answers_is_one(saved: Save, tiny_bert: nn.Mo
     assert task.evaluate(lambda inputs: task.signature.call(tiny_bert, inputs), batch_size=5).value == 1.0
 
 
+@pytest.mark.parametrize("metric", ["matthews", "f1"])
+def test_metrics_of_all_answers_together_are_one_where_all_are_right(
+    saved: Save, tiny_distilbert: nn.Module, metric: str
+) -> None:
+    folder, data = saved(tiny_distilbert), sentences(classes=2)
+    probe = task_of(tiny_distilbert, folder, data)
+
+    def predict(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        centred: torch.Tensor = probe.signature.call(tiny_distilbert, inputs) - middle
+        return centred
+
+    outputs = torch.cat([probe.signature.call(tiny_distilbert, batch.inputs) for batch in probe.evaluation(1)])
+    middle = outputs.detach().median(0).values  # both classes are answered
+    answers = probe.reference_answers(predict, batch_size=12)
+    lengths = [len(text.split()) for text in data.column("text")]
+    order = sorted(range(12), key=lengths.__getitem__)
+    labels = [int(answers[order.index(i)]) for i in range(12)]
+    own = Examples("own", {"text": list(data.column("text")), "label": labels})
+    task = task_of(tiny_distilbert, folder, own, metric=metric)
+    quality = task.evaluate(predict, batch_size=5)
+    assert quality.value == 1.0
+    assert quality.per_example.shape == (12, 2)
+    wrong = Examples("wrong", {"text": list(data.column("text")), "label": [1 - label for label in labels]})
+    assert task_of(tiny_distilbert, folder, wrong, metric=metric).evaluate(predict).value <= 0.0
+
+
+def test_f1_of_three_classes_is_refused(saved: Save, tiny_bert: nn.Module) -> None:
+    with pytest.raises(UsageError, match="two classes"):
+        task_of(tiny_bert, saved(tiny_bert), sentences(classes=3), metric="f1")
+
+
 def test_one_text_needs_no_segments_and_a_pair_does(saved: Save, tiny_bert: nn.Module) -> None:
     folder = saved(tiny_bert)
     single = task_of(tiny_bert, folder, sentences())

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.studies.race_result import DENSE, RaceResult, key_of
-from deploy_prune.tasks.quality import ratio_of_sums, spearman
+from deploy_prune.tasks.quality import f1, matthews, ratio_of_sums, spearman
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,6 +24,8 @@ FORMS = ("own", "refit")
 SCORES: dict[str, tuple[Callable[[Array], float], str]] = {
     "top1": (lambda v: 100 * float(v.mean()), "points"),
     "accuracy": (lambda v: 100 * float(v.mean()), "points"),
+    "matthews": (lambda rows: 100 * matthews(rows), "points"),
+    "f1": (lambda rows: 100 * f1(rows), "points"),
     "spearman": (lambda rows: 100 * spearman(rows), "points"),
     "perplexity": (lambda rows: -ratio_of_sums(rows), "nats"),
 }

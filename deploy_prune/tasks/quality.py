@@ -84,6 +84,26 @@ def spearman(rows: Array) -> float:
     return float(x @ y) / scale if scale else float("nan")
 
 
+def matthews(rows: Array) -> float:
+    """Matthews' correlation of answers and labels, columns 0 and 1, of any number of classes (Gorodkin, Comput. Biol.
+    Chem. 28, 2004); 0 where answers or labels are all one class."""
+    classes, index = np.unique(rows, return_inverse=True)
+    pairs = index.reshape(rows.shape)
+    table = np.zeros((len(classes), len(classes)))
+    np.add.at(table, (pairs[:, 0], pairs[:, 1]), 1)
+    n, answered, labeled = table.sum(), table.sum(1), table.sum(0)
+    scale = float(np.sqrt((n**2 - answered @ answered) * (n**2 - labeled @ labeled)))
+    return float(n * np.trace(table) - answered @ labeled) / scale if scale else 0.0
+
+
+def f1(rows: Array) -> float:
+    """F1 of class 1, the harmonic mean of precision and recall; answers and labels are columns 0 and 1. 0 where class 1
+    is never answered rightly."""
+    answered, labeled = rows[:, 0] == 1, rows[:, 1] == 1
+    right = float((answered & labeled).sum())
+    return 2 * right / float(answered.sum() + labeled.sum()) if right else 0.0
+
+
 def _ranks(values: Array) -> Array:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

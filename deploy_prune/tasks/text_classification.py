@@ -1,30 +1,36 @@
-"""Text classification: one text or a pair of texts in, logits out, judged by the share of right answers."""
+"""Text classification: one text or a pair of texts in, logits out, judged by the share of right answers, or by how
+answers and labels go together where classes are uneven."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError, UnsupportedModelError
+from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
 from deploy_prune.signature import Signature, TensorSpec
-from deploy_prune.tasks.base import AGREEMENT, Batch, chunks, shuffled, spread
+from deploy_prune.tasks.base import AGREEMENT, Batch, chunks, require_target, shuffled, spread
 from deploy_prune.tasks.classification import Classification, class_indices
+from deploy_prune.tasks.quality import bootstrap, f1, matthews
 from deploy_prune.tasks.tokens import TokenRows, grouped, max_length_of, outputs_of, pad_id_of, padded, text_inputs
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from deploy_prune.data import Examples
+
+TOGETHER = {"matthews": matthews, "f1": f1}  # metrics that are no mean over examples
 
 
 class TextClassification(Classification):
     """Examples have `text`, for pairs also `text2`, and, but for agreement, `label`: an index or a name of the config.
 
-    Evaluation runs from the shortest text to the longest, which wastes little on padding.
+    Evaluation runs from the shortest text to the longest, which wastes little on padding. The metrics `matthews` (as
+    GLUE's CoLA) and `f1` (of class 1, as GLUE's MRPC) are of all answers together.
     """
 
     name = "text-classification"
-    metrics = ("accuracy", AGREEMENT)
+    metrics = ("accuracy", "matthews", "f1", AGREEMENT)
 
     def __init__(
         self,
@@ -38,6 +44,12 @@ class TextClassification(Classification):
         super().__init__(calibration, evaluation, metric)
         config: Any = model.config
         self.max_length, self._pad = max_length, pad_id_of(tokenizer, model)
+        if self.metric == "f1" and config.num_labels != 2:
+            raise UsageError(
+                "f1 is a metric of two classes",
+                got=f"{config.num_labels} classes",
+                remedy="Ask for metric=matthews or accuracy.",
+            )
         names = ["input_ids", "attention_mask"]
         pairs = "text2" in calibration.columns
         if evaluation is not None and ("text2" in evaluation.columns) != pairs:
@@ -129,6 +141,18 @@ class TextClassification(Classification):
         for batch in batches:
             target = None if labels is None else torch.tensor([labels[i] for i in batch])
             yield Batch(padded(rows.rows(batch), self._pad), target)
+
+    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
+        import numpy as np
+
+        if self.metric not in TOGETHER:
+            return super()._score(output, batch)
+        return np.stack([output.argmax(-1).numpy(), require_target(batch, self).numpy()], axis=1)
+
+    def _summarise(self, rows: np.ndarray) -> tuple[float, tuple[float, float], dict[str, Any]]:
+        if self.metric not in TOGETHER:
+            return super()._summarise(rows)
+        return *bootstrap(rows, TOGETHER[self.metric]), {}
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "max_length": self.max_length}

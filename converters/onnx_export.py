@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converters.graph import Initializers, account, foreign_nodes, name_dimensions, simplify
 from converters.translations import translations
 from deploy_prune.errors import UnsupportedModelError, UsageError
-from deploy_prune.files import TEMPORARY, atomic_file, sha256_file
+from deploy_prune.files import atomic_file, atomic_siblings, sha256_file
 
 if TYPE_CHECKING:
     import onnx
@@ -236,17 +233,12 @@ def _data_name(path: Path) -> str:
 def _files(path: Path, large: bool) -> Iterator[tuple[Path, Path | None]]:
     """Yield where to write the graph and, for `large` models, its data; both appear under their names only when whole.
 
-    The graph names its data file, so the two are written in a temporary directory under their final names.
+    The graph names its data file, so the two are written in a temporary directory under their final names, and a
+    graph never lacks its data.
     """
     if not large:
         with atomic_file(path) as temporary:
             yield temporary, None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-    try:
-        yield room / path.name, room / _data_name(path)
-        os.replace(room / _data_name(path), path.with_name(_data_name(path)))  # first: a graph never lacks its data
-        os.replace(room / path.name, path)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    with atomic_siblings(path) as temporary:
+        yield temporary, temporary.with_name(_data_name(path))

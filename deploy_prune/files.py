@@ -112,6 +112,29 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_siblings(path: Path | str) -> Iterator[Path]:
+    """As `atomic_file`, for a file that others lie beside: yield `path`'s name in a temporary directory; when the block
+    ends well all that was written there goes beside `path`, which comes last."""
+    path = Path(path)
+    room: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        yield room / path.name
+        for file in sorted(room.iterdir(), key=lambda f: f.name == path.name):
+            _sync(file)
+            os.replace(file, path.parent / file.name)
+    except Exception as error:
+        failure = _write_failure(path, error)
+        if failure is None:
+            raise
+        raise _write_failed(path, failure) from error
+    finally:
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
+
+
 def write_json(path: Path | str, data: Any) -> None:
     """Write `data` as sorted, indented JSON, atomically: the same data is always the same bytes."""
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from shipped import SIGNATURES, exported
 
 import deploy_prune as dp
-from converters.delta_onnx import task_initializers, task_session
+from converters.delta_onnx import task_initializers, task_session, write_task
 from deploy_prune.cli.main import cli
 from deploy_prune.delta import TaskDelta, diff
 from deploy_prune.delta.fits import Dense, Sparse, at_random, largest, owners_of
@@ -188,6 +188,42 @@ def test_one_base_file_serves_a_task_at_load_time(tiny_bert):
     assert plain.error < 2e-4, "the base's file is as it was"
 
 
+def test_a_file_made_of_the_base_holds_the_very_weights_of_the_tasks_own_export(tiny_bert, tmp_path):
+    import copy
+
+    import onnx
+
+    base, _ = exported("tiny_bert", tiny_bert)
+    task = copy.deepcopy(tiny_bert)
+    with torch.no_grad():
+        task.bert.encoder.layer[1].output.dense.weight[3, 5] += 1
+        task.bert.embeddings.word_embeddings.weight[7, 2] -= 1
+        task.classifier.weight.mul_(2)
+    own = tmp_path / "own.onnx"
+    dp.export_onnx(task, own, SIGNATURES["tiny_bert"])
+    made = tmp_path / "made.onnx"
+    write_task(base, TaskDelta.between(tiny_bert, task, ["classifier.weight"]), made)
+
+    def weights(file):
+        graph = onnx.load(file).graph
+        return {i.name: onnx.numpy_helper.to_array(i).tobytes() for i in graph.initializer}
+
+    assert weights(made) == weights(own)
+
+
+def test_a_base_with_its_weights_beside_it_is_not_rewritten(tiny_bert, tmp_path):
+    import onnx
+
+    base, _ = exported("tiny_bert", tiny_bert)
+    beside = tmp_path / "beside.onnx"
+    onnx.save(onnx.load(base), beside, save_as_external_data=True, location="beside.data", size_threshold=64)
+    delta = TaskDelta.between(tiny_bert, tiny_bert)
+    assert task_session(beside, delta).outputs
+    with pytest.raises(UsageError, match="beside it"):
+        write_task(beside, delta, tmp_path / "task.onnx")
+    assert not (tmp_path / "task.onnx").exists()
+
+
 def test_a_delta_on_another_file_is_refused(tiny_bert, tiny_distilbert):
     import copy
 
@@ -222,9 +258,30 @@ def test_from_the_command_line_to_onnx(tmp_path):
     assert exported_task["parity"]["error"] < 2e-4
     run("-q", "delta", "export", file, "--base", "-o", base)
     assert json.loads(run("-q", "delta", "export", file, "--onto", base, "--json"))["parity"]["error"] < 2e-4
+    assert json.loads(run("-q", "inspect", file, "--json")) == json.loads(run("-q", "delta", "inspect", file, "--json"))
+    made = tmp_path / "made.onnx"
+    run("-q", "delta", "export", file, "--onto", base, "-o", str(made))
+    assert made.stat().st_size > 0
     whole = str(tmp_path / "whole.safetensors")
     run("-q", "delta", "apply", file, "-o", whole)
     assert CliRunner().invoke(cli, ["-q", "delta", "export", file]).exit_code != 0
+
+
+def test_an_export_that_is_not_equal_leaves_no_file(tmp_path, monkeypatch):
+    from converters import parity
+    from deploy_prune.errors import ParityError
+
+    def differs(*_, **__):
+        raise ParityError("forms differ")
+
+    file = tmp_path / "d.safetensors"
+    base = digits_vit()
+    how = {"name": "image-classification", "data": "digits:train", "options": {}}
+    TaskDelta.between(base, base, facts={"model": REFERENCE, "task": how}).save(file)
+    monkeypatch.setattr(parity, "check_parity", differs)
+    result = CliRunner().invoke(cli, ["-q", "delta", "export", str(file), "-o", str(tmp_path / "task.onnx")])
+    assert isinstance(result.exception, ParityError)
+    assert [f.name for f in tmp_path.iterdir()] == ["d.safetensors"]
 
 
 def test_a_new_head_is_the_same_at_every_load(saved, tiny_bert):

@@ -37,7 +37,7 @@ def inspect(file: Path, as_json: bool) -> None:
         console.emit_json(report)
         return
     rows = report.pop("tensors")
-    console.facts(report)
+    console.facts({name: value for name, value in report.items() if value is not None})
     print()
     console.table(["tensor", "of", "changed"], [[r["tensor"], r["of"], r["changed"]] for r in rows])
 
@@ -74,41 +74,50 @@ def subtract(file: Path, model: str, output: Path) -> None:
 @click.argument("file", metavar="DELTA", type=_FILE)
 @click.option("--model", help="Reference of the base, where it is not the delta's own; its weights must be the same.")
 @click.option("--base", "as_base", is_flag=True, help="Write the base's ONNX file instead, for --onto.")
-@click.option("--onto", type=_FILE, help="The base's ONNX file: prove the delta on it, and write nothing.")
+@click.option("--onto", type=_FILE, help="The base's ONNX file: prove the delta on it; with -o, make TASK.onnx of it.")
 @click.option("-o", "--output", type=_FILE, help="TASK.onnx")
 @click.option("--json", "as_json", is_flag=True, help="Print the export's and the parity's figures as JSON.")
 def export(file: Path, model: str | None, as_base: bool, onto: Path | None, output: Path | None, as_json: bool) -> None:
-    """Write the task's ONNX file, proved equal to torch; or, with --onto BASE.onnx, prove that the base's file with the
-    delta put in at load time is the task's model, so that of every task only the delta is stored.
+    """Write the task's ONNX file, proved equal to torch, or nothing. With --onto BASE.onnx alone, prove that the base's
+    file with the delta put in at load time is the task's model, so that of every task only the delta is stored; with -o
+    too, write the file with the delta in it, without tracing the model again.
     """
-    from converters.delta_onnx import task_session
+    from converters.delta_onnx import task_session, write_task
     from converters.onnx_export import export_onnx
     from converters.parity import check_parity
     from deploy_prune.delta import TaskDelta
+    from deploy_prune.files import atomic_siblings
 
-    if (onto is None) == (output is None) or (as_base and onto):
-        raise UsageError("expected --output, with or without --base, or --onto")
+    if (onto is None and output is None) or (as_base and (onto or output is None)):
+        raise UsageError("expected --output, with or without --base, or --onto, with or without --output")
     delta = TaskDelta.load(file)
     reference = model or reference_of(delta, file)
     base = base_of(reference)
     task = task_of(delta, base, reference)
     made = base if as_base else delta.apply(base)
     report: dict[str, Any] = {"delta": str(file)}
-    if output is not None:
-        report["export"] = export_onnx(
-            made, output, task.signature, metadata={"deploy_prune.delta": file.name}
-        ).to_json()
-        form: Any = output
-    else:
+
+    def prove(form: Any) -> None:
+        report["parity"] = check_parity({"task": made, "onnx": form}, task.signature).to_json()
+
+    if output is None:
         assert onto is not None
         session = task_session(onto, delta)
 
-        def form(inputs: Any) -> Any:
+        def at_load_time(inputs: Any) -> Any:
             import torch
 
             return torch.from_numpy(session.run({name: tensor.numpy() for name, tensor in inputs.items()}))
 
-    report["parity"] = check_parity({"task": made, "onnx": form}, task.signature).to_json()
+        prove(at_load_time)
+    else:
+        with atomic_siblings(output) as temporary:
+            if onto is None:
+                meta = {} if as_base else {"deploy_prune.delta": file.name}
+                report["export"] = export_onnx(made, temporary, task.signature, metadata=meta).to_json()
+            else:
+                write_task(onto, delta, temporary)
+            prove(temporary)
     if as_json:
         console.emit_json(report)
     else:
@@ -124,8 +133,8 @@ def described(delta: TaskDelta) -> dict[str, Any]:
         "base_sha256": delta.base_sha256,
         "result_sha256": delta.result_sha256,
         "values changed": delta.count,
+        "bytes": delta.sizes(),
         "head": ", ".join(delta.head) or None,
-        **{key: value for key, value in delta.facts.items() if isinstance(value, str | int | float)},
         "facts": dict(delta.facts),
         "tensors": [
             {"tensor": name, "of": int(np.prod(c.shape)), "changed": len(c.positions)}

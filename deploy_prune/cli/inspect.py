@@ -1,7 +1,8 @@
-"""`deploy-prune inspect`: what a model, a solution path, a plan, a bundle or a recipe holds."""
+"""`deploy-prune inspect`: what a model, a solution path, a task delta, a plan, a bundle or a recipe holds."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import click
 from deploy_prune.cli import console
 from deploy_prune.errors import UsageError
 
-TABLES = ("units", "not offered", "stays", "sites", "layers", "changes", "groups", "members", "latency")
+TABLES = ("units", "not offered", "stays", "sites", "layers", "changes", "groups", "tensors", "members", "latency")
 LAYERS_AT = (0.1, 0.3, 0.5)  # sparsities shown where --plot is given without --at
 
 
-@click.command(short_help="Show what a model, path, plan or bundle holds.")
+@click.command(short_help="Show what a model, path, task delta, plan or bundle holds.")
 @click.argument("thing")
 @click.option("--at", metavar="X,...", help="Of a path: what every layer keeps at these sparsities.")
 @click.option(
@@ -23,8 +24,9 @@ LAYERS_AT = (0.1, 0.3, 0.5)  # sparsities shown where --plot is given without --
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(thing: str, at: str | None, plot: Path | None, as_json: bool) -> None:
-    """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path (.safetensors), a plan (.json), the
-    history of a dynamic training (.history.json), a bundle (directory) or a recipe (.yaml, or a built-in name).
+    """Show what THING holds: a model reference (timm:, hf:, gguf:, python:), a path or a task delta (.safetensors), a
+    plan (.json), the history of a dynamic training (.history.json), a bundle (directory) or a recipe (.yaml, or a
+    built-in name).
 
     A model reference is loaded; python: references run your code.
     """
@@ -66,7 +68,7 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
     if path.is_dir():
         return describe_bundle
     if path.suffix == ".safetensors":
-        return describe_path
+        return describe_delta if _is_delta(path) else describe_path
     if path.name.endswith("history.json"):
         return describe_history
     if path.suffix == ".json":
@@ -75,9 +77,21 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
         return describe_recipe
     raise UsageError(
         f"cannot tell what {thing!r} is",
-        expected="a model reference, FILE.safetensors (path), FILE.json (plan), FILE.yaml (recipe) or a bundle",
+        expected="a model reference, FILE.safetensors (path, delta), FILE.json (plan), FILE.yaml (recipe) or a bundle",
         remedy=f"Model references start with one of {', '.join(s + ':' for s in MODEL_SCHEMES)}",
     )
+
+
+def _is_delta(file: Path) -> bool:
+    """Whether a file says that it is a task delta; what is no safetensors file at all the path's reader refuses."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as stream:
+            said = json.loads((stream.metadata() or {}).get("deploy_prune", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("_type") == "TaskDelta"
 
 
 def describe_model(reference: str) -> dict[str, Any]:
@@ -134,6 +148,14 @@ def describe_layers(file: str, sparsities: Sequence[float], plot: Path | None = 
     if plot is not None:
         plot_layers(table, plot, f"{path.method}, {path.model}")
     return {"type": "layers of a solution path", "model": path.model, "method": path.method, "layers": table}
+
+
+def describe_delta(file: str) -> dict[str, Any]:
+    """What a task delta changes, and how it was made."""
+    from deploy_prune.cli.delta import described
+    from deploy_prune.delta import TaskDelta
+
+    return described(TaskDelta.load(file))
 
 
 def describe_plan(file: str) -> dict[str, Any]:

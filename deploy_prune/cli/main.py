@@ -35,7 +35,7 @@ COMMANDS = {
     "delta": "Apply, subtract, inspect or export a task delta.",
     "bench": "Time ONNX models against each other on a runtime.",
     "verify": "Check a bundle: hashes, graphs, outputs on stored inputs.",
-    "inspect": "Show what a model, path, plan or bundle holds.",
+    "inspect": "Show what a model, path, task delta, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
 }
 

@@ -114,20 +114,22 @@ class TaskDelta:
         """How many values of the base change."""
         return sum(len(c.positions) for c in self.changes.values())
 
-    def sizes(self, model: nn.Module) -> dict[str, float]:
+    def sizes(self, model: nn.Module | None = None) -> dict[str, float]:
         """What the delta takes, in bytes: `positions` as coded and at their entropy (each tensor's positions drawn
-        from all sets of their number), `values`, `head`; and the base's for comparison; `share` of its values that
-        change."""
-        base = _tensors(model, frozenset(self.head))
+        from all sets of their number), `values`, `head`. With the base `model` also its own bytes, `base`, and the
+        `share` of its values that change."""
         own = self.changes.values()
-        return {
+        sizes: dict[str, float] = {
             "positions": sum(len(encode(c.positions, _size(c))[0]) for c in own),
             "positions_entropy": sum(entropy_bits(len(c.positions), _size(c)) for c in own) / 8,
             "values": sum(c.bits.nbytes for c in own),
             "head": sum(t.numel() * t.element_size() for t in self.head.values()),
-            "base": sum(t.numel() * t.element_size() for t in base.values()),
-            "share": self.count / sum(t.numel() for t in base.values()),
         }
+        if model is not None:
+            base = _tensors(model, frozenset(self.head))
+            sizes["base"] = sum(t.numel() * t.element_size() for t in base.values())
+            sizes["share"] = self.count / sum(t.numel() for t in base.values())
+        return sizes
 
     def save(self, path: Path | str) -> None:
         """Write the delta as safetensors, atomically; the same delta is always the same bytes."""

@@ -9,20 +9,21 @@
 A directory or file may be written `package:MODULE/relative/path` when an installed Python package carries it. Any
 reference may end in `?name=value&...`, arguments of the model as JSON or plain text, and in `#sha256=HEX`, the
 expected hash of its weights file. `hf:...?new_head=3` puts a fresh classification head of 3 classes, the same at every
-load, on the encoder, for a task that is yet to be learned.
+load, on the encoder, for a task that is yet to be learned. `?delta=FILE` makes the model the task's that a task delta
+was learned for, on the base that it names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.architecture import Architecture, load_function
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError, did_you_mean
+from deploy_prune.new_head import with_new_head
+from deploy_prune.quiet import without_progress_bars
 from deploy_prune.references import PACKAGE, Reference, existing_path, local_path, model_reference
 from deploy_prune.weights import (
     check_finite,
@@ -70,10 +71,15 @@ def load_model(ref: str, *, dtype: torch.dtype | None = None, sha256: str | None
     if sha256 is not None:
         reference = replace(reference, sha256=sha256.lower())
     arguments = {**reference.arguments, **arguments}
+    delta = arguments.pop("delta", None)
     dtype = torch.float32 if dtype is None else dtype
     loaders = {"timm": _load_timm, "hf": _load_hf, "gguf": _load_gguf, "python": _load_python}
     model = loaders[reference.scheme](reference, arguments)
     model = model.to(dtype).eval()
+    if delta is not None:
+        from deploy_prune.delta import TaskDelta
+
+        model = TaskDelta.load(existing_path(str(delta), "delta file")).apply(model)
     check_finite(model, ref)
     return model
 
@@ -105,7 +111,7 @@ def model_folder(ref: str) -> Path:
     if reference.scheme == "gguf":
         from deploy_prune.gguf import dequantised
 
-        with _without_progress_bars():
+        with without_progress_bars():
             return dequantised(existing_path(reference.location, "GGUF file"))
     if reference.scheme != "hf":
         raise UsageError(
@@ -128,6 +134,9 @@ def model_folder(ref: str) -> Path:
 def describe_source(ref: str) -> SourceInfo:
     """What `load_model` would read or download, found out without loading or importing anything of the model."""
     reference = model_reference(ref)
+    delta = reference.options.get("delta")
+    if delta is not None and not (path := local_path(delta)).is_file():
+        return SourceInfo(ref, reference.scheme, str(path), exists=False)
     if reference.scheme == "python":
         found = _importable(reference.location)
         return SourceInfo(ref, "python", reference.location, exists=found, runs_user_code=True)
@@ -249,12 +258,12 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
     embedder = (folder / "modules.json").is_file()  # a sentence-transformers folder ships the encoder alone
     classes = arguments.pop("new_head", None)
     if classes is not None:
-        return _with_new_head(folder, reference, int(classes), arguments)
+        return with_new_head(folder, reference.text, int(classes), arguments)
     cls = _model_class(folder, embedder)
     if getattr(cls, "_supports_sdpa", True):
         arguments.setdefault("attn_implementation", "sdpa")
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             model, info = cls.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -278,41 +287,6 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
         unexpected=() if embedder else info["unexpected_keys"],
         misshapen=[(k, tuple(got), tuple(want)) for k, got, want in info["mismatched_keys"]],
     )
-    return model
-
-
-def _with_new_head(folder: Path, reference: Reference, classes: int, arguments: dict[str, Any]) -> nn.Module:
-    """The encoder in `folder` under a fresh classification head. Raises ArtifactError when the encoder is not whole."""
-    import torch
-    import transformers
-
-    arguments.setdefault("attn_implementation", "sdpa")
-    with torch.random.fork_rng(devices=[]), _without_progress_bars(), _without_load_report():
-        torch.manual_seed(0)
-        try:
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                num_labels=classes,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **arguments,
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                "no classification head for this model", where=reference.text, got=str(error).splitlines()[0]
-            ) from error
-        body = f"{model.base_model_prefix}."
-        absent = {name for name in info["missing_keys"] if name.startswith(body)}
-        absent -= {name for name in absent if ".pooler." in name}  # encoders published without it
-        check_keys(str(folder), missing=absent, unexpected=(), misshapen=())
-        fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and (name in fresh or not name.startswith(body)):
-                torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
-                if module.bias is not None:
-                    torch.nn.init.zeros_(module.bias)
     return model
 
 
@@ -394,7 +368,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIP)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UnavailableError(
@@ -418,31 +392,3 @@ def _importable(location: str) -> bool:
         return find_spec(location.partition(":")[0]) is not None
     except ImportError:
         return False
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence the report on a new head: it is missing in the file because it is new."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Silence the bars of transformers while it reads weights; the command line shows its own progress."""
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

@@ -13,13 +13,19 @@ from shipped import SIGNATURES, exported
 
 import deploy_prune as dp
 from converters.delta_onnx import task_initializers, task_session, write_task
+from deploy_prune.architecture import weights_sha256
 from deploy_prune.cli.main import cli
 from deploy_prune.delta import TaskDelta, diff
 from deploy_prune.delta.fits import Dense, Sparse, at_random, largest, owners_of
 from deploy_prune.delta.hard_concrete import chance_open, expected, sampled
+from deploy_prune.delta.lora import adapters_of
 from deploy_prune.delta.training import head_of
 from deploy_prune.demo import digits_vit
-from deploy_prune.errors import ArtifactError, DataError, UsageError
+from deploy_prune.errors import ArtifactError, DataError, UnavailableError, UsageError
+from deploy_prune.recovery.feed import split
+from deploy_prune.recovery.judging import Judge
+from deploy_prune.recovery.options import RecoverOptions
+from deploy_prune.sources import describe_source
 
 QUICK: dict[str, Any] = {"epochs": 1, "mask_epochs": 1, "examples": 200, "share": 0.01, "lr": 1e-3, "mask_lr": 1e-3}
 REFERENCE = "python:deploy_prune.demo:digits_vit"
@@ -117,6 +123,7 @@ def test_the_fits_to_compare_with_change_what_their_name_says(digits, fit):
     model, task = digits
     found = diff(model, task, **{**QUICK, "fit": fit})
     assert found.after > found.before
+    assert 0 < found.lora_state_bytes < 0.1 * found.full_state_bytes
     names = set(found.delta.changes)
     if fit == "bitfit":
         assert names
@@ -136,6 +143,23 @@ def test_the_same_seed_finds_the_same_delta(digits, tmp_path):
         found.delta.save(tmp_path / name)
         files.append((tmp_path / name).read_bytes())
     assert files[0] == files[1]
+
+
+def test_without_a_second_phase_the_figure_is_of_the_sparse_model(digits):
+    model, task = digits
+    options = {"fit": "l1", "mask_epochs": 0, "epochs": 1, "examples": 100, "lr": 1e-3, "share": 0.001}
+    found = diff(model, task, **options)
+    held_out = split(task, RecoverOptions(examples=100))[1]
+    mark = Judge(task, held_out, None).mark(0, lambda inputs: task.signature.call(found.model, inputs))
+    assert found.after == mark.value
+    assert found.marks["mask"][0].loss == pytest.approx(mark.loss, rel=1e-5)
+
+
+def test_adapters_take_about_as_many_numbers_as_the_delta(tiny_bert):
+    adapters = adapters_of(tiny_bert, 5000)
+    adapted = adapters.beside(tiny_bert)
+    assert adapters.numbers == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert abs(adapters.numbers - 5000) <= adapters.numbers / adapters.rank / 2
 
 
 def test_bad_requests_are_refused(digits, tiny_bert):
@@ -282,6 +306,26 @@ def test_an_export_that_is_not_equal_leaves_no_file(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, ["-q", "delta", "export", str(file), "-o", str(tmp_path / "task.onnx")])
     assert isinstance(result.exception, ParityError)
     assert [f.name for f in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_a_reference_names_a_task_by_its_delta(saved, tiny_bert, tmp_path):
+    """So that search, run and export take a task's model as they take any other."""
+    folder = saved(tiny_bert)
+    base = dp.load_model(f"hf:{folder}")
+    task = dp.load_model(f"hf:{folder}")
+    with torch.no_grad():
+        task.bert.encoder.layer[0].output.dense.weight[0, 0] += 1
+        task.classifier.bias.fill_(0.5)
+    file = tmp_path / "d.safetensors"
+    TaskDelta.between(base, task, ["classifier.bias"]).save(file)
+    reference = f"hf:{folder}?delta={file}"
+    assert weights_sha256(dp.load_model(reference)) == weights_sha256(task)
+    assert describe_source(reference).exists
+    assert not describe_source(f"hf:{folder}?delta={file}x").exists
+    with pytest.raises(UnavailableError, match="delta file"):
+        dp.load_model(f"hf:{folder}?delta={file}x")
+    with pytest.raises(ArtifactError, match="not the base model"):
+        dp.load_model(f"hf:{folder}?delta={file}&new_head=3&num_hidden_layers=1")
 
 
 def test_a_new_head_is_the_same_at_every_load(saved, tiny_bert):

@@ -133,7 +133,46 @@ class StopAt:
         return
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+def differing(given: nn.Module, found: nn.Module) -> int:
+    return sum(int((a != b).sum()) for a, b in zip(given.parameters(), found.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_sparse_delta_changes_its_share_of_the_weights_and_no_other(
+    dense: nn.Module, small: nn.Module, task: Task, ema: float | None
+) -> None:
+    options = {"method": "diff", "share": 0.02, "steps": 30, "evaluations": 6, "lr": 1e-3, "ema": ema}
+    found = short(small, task, dense, **options)
+    total = sum(p.numel() for p in small.parameters())
+    assert found.changed == differing(small, found.model)
+    assert 0 < found.changed <= round(0.02 * total)
+    assert found.best_step > 15, "before that the delta is not sparse, and the start is no better"
+    assert found.after >= found.before
+    assert found.to_json()["changed"] == found.changed
+    delta = dp.TaskDelta.between(small, found.model)
+    assert weights_sha256(delta.apply(copy.deepcopy(small))) == weights_sha256(found.model)
+
+
+def test_a_dense_candidate_never_wins_however_good(
+    dense: nn.Module, small: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {0: 0.5, 2: 0.99, 4: 0.6, 6: 0.55}
+    monkeypatch.setattr(Training, "_mark", lambda self: Mark(self.standing.step, values[self.standing.step], 1.0))
+    found = short(small, task, dense, steps=6, method="diff", find=0.4, share=0.01)
+    assert (found.best_step, found.after) == (4, 0.6)
+    assert [mark.step for mark in found.marks] == [0, 2, 4, 6]
+
+
+def test_what_a_sparse_delta_cannot_be_is_refused(dense: nn.Module, small: nn.Module, task: Task) -> None:
+    with pytest.raises(UsageError, match="at least 2"):
+        short(small, task, dense, method="diff", steps=1)
+    with pytest.raises(UsageError, match="belong to"):
+        short(small, task, dense, share=0.1)
+    with pytest.raises(UsageError, match="whole weights"):
+        short(small, task, dense, method="diff", compute=Compute(shard=True))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "diff"])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     dense: nn.Module, small: nn.Module, task: Task, tmp_path: Path, method: str
 ) -> None:

@@ -11,7 +11,9 @@ import click
 from deploy_prune.cli import console
 
 if TYPE_CHECKING:
-    from deploy_prune.delta import Diffed
+    from torch import Tensor, nn
+
+    from deploy_prune.tasks import Task
 
 
 @click.command(short_help="Learn what a task changes of a frozen base model: a sparse task delta.")
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--head", metavar="NAME,...", help="Modules that are the task's own, trained whole.  [default: found]")
 @click.option(
     "--fit",
-    type=click.Choice(["l0", "l1", "random", "bitfit", "last-layer", "full"]),
+    type=click.Choice(["l0", "l1", "random", "bitfit", "last-layer", "full", "lora"]),
     default="l0",
     show_default=True,
     help="How what changes is chosen; all but l0 and l1 are there to compare with.",
@@ -75,28 +77,22 @@ def command(
     delta.save(output)
     report = {"delta": str(output), **found.to_json(), "sizes": delta.sizes(base), "file_bytes": output.stat().st_size}
     if evaluation is not None:
-        report["evaluation"] = judged(found, base, task)
+        report["evaluation"] = {"task": judged(found.model, task), "base": judged(base, task)}
     if as_json:
         console.emit_json(report)
         return
     console.facts(summary(report))
 
 
-def judged(found: Diffed, base: Any, task: Any) -> dict[str, Any]:
-    """The metric on the evaluation data, of the task's model and of the base as it was given."""
-    import torch
+def judged(model: nn.Module, task: Task, limit: int | None = None) -> dict[str, Any]:
+    """The metric of a model, where it is, on the evaluation data or `limit` rows of it."""
+    place = next(model.parameters()).device
 
-    def of(model: Any) -> dict[str, Any]:
-        place = next(model.parameters()).device
+    def predict(inputs: dict[str, Tensor]) -> Tensor:
+        return task.signature.call(model, {n: t.to(place) for n, t in inputs.items()}).cpu()
 
-        def predict(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            with torch.no_grad():
-                return task.signature.call(model, {n: t.to(place) for n, t in inputs.items()}).cpu()
-
-        quality: dict[str, Any] = task.evaluate(predict).to_json()
-        return quality
-
-    return {"task": of(found.model), "base": of(base)}
+    quality: dict[str, Any] = task.evaluate(predict, limit=limit).to_json()
+    return quality
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -115,11 +111,13 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     def mib(size: int) -> str:
         return f"{size / 2**20:.1f} MiB"
 
+    adapters = report["lora_state_bytes"]
+    lora = "" if adapters is None else f", {mib(adapters)} for adapters of as many numbers"
     return facts | {
         "file": f"{report['file_bytes']} bytes, {report['file_bytes'] / sizes['base']:.2%} of the base",
         "positions": f"{sizes['positions']} bytes; their entropy is {sizes['positions_entropy']:.0f}",
         "values and head": f"{sizes['values'] + sizes['head']} bytes",
         "trained": ", ".join(f"{n} numbers ({phase})" for phase, n in phases.items()),
         "training state": f"{mib(report['state_bytes'][last])} ({last}), {mib(max(report['state_bytes'].values()))} at "
-        f"the most; {mib(report['full_state_bytes'])} for all weights",
+        f"the most; {mib(report['full_state_bytes'])} for all weights{lora}",
     }

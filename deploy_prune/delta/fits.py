@@ -79,11 +79,27 @@ class Dense:
         return δ
 
 
+class Whole:
+    """All values of the given tensors, trained as they are."""
+
+    def __init__(self, base: Tensors) -> None:
+        self.values = {name: t.clone().requires_grad_() for name, t in base.items()}
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.values.values()), "lr": lr}]
+
+    def tensors(self) -> Tensors:
+        return dict(self.values)
+
+
 class Sparse:
-    """δ at chosen positions alone: `chosen` by name, flat indices (n,); `start` the values to begin with, else 0."""
+    """δ at chosen positions alone: `chosen` by name, flat indices (n,); `start` the values to begin with, else 0.
+
+    While a step lasts there is one more copy of the tensors that change, and of the gradient of each."""
 
     def __init__(self, base: Tensors, chosen: Mapping[str, Tensor], start: Tensors | None = None) -> None:
-        self.base, self.chosen = base, {name: where for name, where in chosen.items() if len(where)}
+        self.base = base
+        self.chosen = {name: where.to(base[name].device) for name, where in chosen.items() if len(where)}
         self.values = {
             name: (
                 torch.zeros(len(where), dtype=base[name].dtype, device=base[name].device)
@@ -123,10 +139,6 @@ def at_random(base: Tensors, count: int, seed: int) -> dict[str, Tensor]:
     return _split(torch.from_numpy(chosen), {name: t.numel() for name, t in base.items()})
 
 
-def everywhere(base: Tensors) -> dict[str, Tensor]:
-    return {name: torch.arange(t.numel()) for name, t in base.items()}
-
-
 def owners_of(model: nn.Module, base: Tensors, groups: str) -> Tensors:
     """The group of every value: its tensor's, or, where a site's head or neuron owns its row or column of a linear
     layer, that unit's. By name, int64, broadcastable to the tensor."""
@@ -162,6 +174,7 @@ def _site_owners(model: nn.Module, site: Site, names: Mapping[int, str], found: 
 
 def _split(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Indices into all tensors laid end to end, as indices into each."""
+    indices = indices.cpu()
     ends = torch.tensor(list(sizes.values())).cumsum(0)
     found, start = {}, 0
     for (name, size), end in zip(sizes.items(), ends.tolist(), strict=True):

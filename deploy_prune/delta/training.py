@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deploy_prune.delta import fits
+from deploy_prune.delta.lora import adapters_of
 from deploy_prune.delta.options import DiffOptions
 from deploy_prune.delta.task_delta import TaskDelta
-from deploy_prune.errors import DataError, RecoveryError, UsageError
+from deploy_prune.errors import DataError, RecoveryError, UnsupportedModelError, UsageError
 from deploy_prune.precision import chosen_precision
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recovery.feed import Feed, split
@@ -37,7 +38,8 @@ Tensors = dict[str, Tensor]
 class Diffed:
     """A delta and how it was found. `before` and `after` are the metric on the held-out calibration part, which no step
     saw; `trainable` counts the numbers trained in each phase, the head's among them, and `state_bytes` what they, their
-    gradients and Adam's two means take, beside the frozen base; `full_state_bytes` is that of training everything."""
+    gradients and Adam's two means take, beside the frozen base; `full_state_bytes` is that of training everything,
+    `lora_state_bytes` that of adapters of about as many numbers, None where the model's layers are not known."""
 
     delta: TaskDelta
     model: nn.Module
@@ -48,12 +50,14 @@ class Diffed:
     trainable: dict[str, int]
     state_bytes: dict[str, int]
     full_state_bytes: int
+    lora_state_bytes: int | None
     seconds: float
     marks: dict[str, list[Mark]]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but tensors, as plain JSON data."""
-        names = ("metric", "before", "after", "share", "trainable", "state_bytes", "full_state_bytes", "seconds")
+        names = ("metric", "before", "after", "share", "trainable", "state_bytes", "full_state_bytes")
+        names = (*names, "lora_state_bytes", "seconds")
         marks = {phase: [asdict(mark) for mark in marks] for phase, marks in self.marks.items()}
         return {**{name: getattr(self, name) for name in names}, "marks": marks}
 
@@ -137,38 +141,29 @@ class _Training:
         count = round(options.share * sum(t.numel() for t in self.base.values()))
         if options.fit == "lora":
             return self._lora(count, begun)
-        start = None
+        fit: fits.Sparse | fits.Whole
         if options.fit in ("l0", "l1"):
-            start = self._find()
-            chosen = fits.largest(start, count)
+            differences = self._find()
+            fit = fits.Sparse(self.base, fits.largest(differences, count), differences)
         elif options.fit == "random":
-            chosen = fits.at_random(self.base, count, self.seed)
+            fit = fits.Sparse(self.base, fits.at_random(self.base, count, self.seed))
         elif options.fit == "bitfit":
-            chosen = fits.everywhere({n: t for n, t in self.base.items() if n.endswith("bias")})
+            fit = fits.Whole({n: t for n, t in self.base.items() if n.endswith("bias")})
         else:
-            chosen = {} if options.fit == "last-layer" else fits.everywhere(self.base)
-        sparse = fits.Sparse(self.base, chosen, start)
-        tensors = sparse.tensors()
+            fit = fits.Whole({} if options.fit == "last-layer" else self.base)
         if options.mask_epochs:
-            groups = sparse.groups(options.fixed_rate) if sparse.values else []
-            tensors = self._train("mask", options.mask_epochs, groups, options.fixed_rate, lambda _: sparse.tensors())
+            groups = fit.groups(options.fixed_rate)
+            tensors = self._train("mask", options.mask_epochs, groups, options.fixed_rate, lambda _: fit.tensors())
+        else:
+            tensors = fit.tensors()
+            self.marks["mask"] = [self._mark(0, tensors)]
         return self._done(tensors, begun)
 
     def _lora(self, count: int, begun: float) -> Diffed:
-        """Adapters of the rank that takes about as many numbers as the share allows, merged at the end."""
-        from deploy_prune.adapters import find_sites
-        from deploy_prune.recovery.hidden import layers_of
-        from deploy_prune.recovery.lora import add_adapters, merge_adapters
+        """Adapters in place of differences, merged at the end."""
+        from deploy_prune.recovery.lora import merge_adapters
 
-        layers = layers_of(self.frozen, find_sites(self.frozen))
-        linear = [
-            m
-            for n, m in self.frozen.named_modules()
-            if isinstance(m, nn.Linear) and any(f"{n}.".startswith(f"{layer}.") for layer in layers)
-        ]
-        rank = max(1, round(count / sum(m.in_features + m.out_features for m in linear)))
-        adapted = copy.deepcopy(self.frozen)
-        add_adapters(adapted, layers, rank, 2.0 * rank)
+        adapted = adapters_of(self.frozen, count).beside(self.frozen)
         self.called = Called(adapted, self.task.signature).eval()
         own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         rate = self.options.fixed_rate
@@ -240,11 +235,11 @@ class _Training:
 
         def judged(step: int) -> None:
             with torch.no_grad():
-                now = {**tensors(False), **self.head}
-                marks.append(self.judge.mark(step, lambda inputs: self._output(now, inputs, training=False)))
+                now = tensors(False)
+                marks.append(self._mark(step, now))
                 higher = self.task.higher_is_better
-                if all(marks[-1].beats(m, higher) for m in marks[:-1]):
-                    best.update({name: t.detach().clone() for name, t in now.items()})
+                if last is None and all(marks[-1].beats(m, higher) for m in marks[:-1]):
+                    best.update({name: t.detach().clone() for name, t in {**now, **self.head}.items()})
 
         judged(0)
         self.progress.start(steps, f"diff: {phase}")
@@ -280,6 +275,12 @@ class _Training:
             for name, p in self.head.items():
                 p.copy_(best[name])
         return {name: t for name, t in best.items() if name not in self.head}
+
+    @torch.no_grad()
+    def _mark(self, step: int, tensors: Tensors) -> Mark:
+        """The mark of these tensors, with the head as it is, on the held-out part."""
+        now = {**tensors, **self.head}
+        return self.judge.mark(step, lambda inputs: self._output(now, inputs, training=False))
 
     def _loss(self, tensors: Tensors, batch: Batch) -> Tensor:
         here = batch.to(self.device)
@@ -322,17 +323,31 @@ class _Training:
             after=best.value,
             share=delta.count / sum(t.numel() for t in self.base.values()),
             trainable=self.trainable,
-            state_bytes={phase: 4 * 4 * count for phase, count in self.trainable.items()},
-            full_state_bytes=4 * 4 * total,
+            state_bytes={phase: _state_bytes(count) for phase, count in self.trainable.items()},
+            full_state_bytes=_state_bytes(total),
+            lora_state_bytes=self._lora_state_bytes(),
             seconds=time.monotonic() - begun,
             marks=self.marks,
         )
+
+    def _lora_state_bytes(self) -> int | None:
+        count = round(self.options.share * sum(t.numel() for t in self.base.values()))
+        try:
+            adapters = adapters_of(self.frozen, count)
+        except UnsupportedModelError:
+            return None
+        return _state_bytes(adapters.numbers + sum(p.numel() for p in self.head.values()))
 
     def _feeding(self, epochs: float) -> RecoverOptions:
         own = self.options
         return RecoverOptions(
             epochs=max(epochs, 1e-9), batch_size=own.batch_size, holdout=own.holdout, examples=own.examples
         )
+
+
+def _state_bytes(numbers: int) -> int:
+    """float32 numbers with their gradients and Adam's two means."""
+    return 4 * 4 * numbers
 
 
 def _prefixes(head: tuple[str, ...], named: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ class DynamicOptions(RecoverOptions):
     def _structure(self) -> DynamicOptions:
         if self.recipe is not None:
             raise ValueError("`recipe` belongs to `recover`")
+        if self.method == "diff":
+            raise ValueError("`method: diff` belongs to `recover`: units that come back change all of their weights")
         return self
 
     def interval(self, steps: int) -> int:

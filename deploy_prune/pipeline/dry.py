@@ -118,7 +118,8 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
 def _recovery(recipe: Recipe) -> str:
     how = recipe.recover
     length = f"{how.steps} steps" if how.steps else f"{how.epochs or EPOCHS:g} epochs"
-    weights = "all weights" if how.method == "full" else f"adapters of rank {how.rank}"
+    named = {"full": "all weights", "lora": f"adapters of rank {how.rank}", "diff": f"a delta of {how.share:.2%}"}
+    weights = named[how.method]
     start = "the recovered next larger member" if how.progressive else "the dense model's weights"
     return f"{weights}, {length} of batches of {how.batch_size}, from {start}"
 

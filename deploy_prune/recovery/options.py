@@ -15,7 +15,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "diff"]
 
 EPOCHS = 10.0  # where neither epochs nor steps are given
 # What the SPP paper retrains with on ImageNet (arXiv 2501.03289, appendix): AdamW, 300 epochs, lr 1e-4 · batch / 512.
@@ -38,7 +38,8 @@ RECIPES = {"spp-imagenet": SPP_IMAGENET}
 IMAGE_OPTIONS = ("crop", "flip", "randaugment", "erasing", "mixup", "cutmix")
 RANK = 16  # of adapters
 # Chosen on held-out calibration data (bench/notes.md).
-RATES: dict[Method, float] = {"full": 1e-4, "lora": 1e-3}
+RATES: dict[Method, float] = {"full": 1e-4, "lora": 1e-3, "diff": 1e-4}
+SHARE, FIND = 0.005, 0.5  # of a sparse delta
 
 
 class RecoverOptions(BaseModel):
@@ -51,7 +52,9 @@ class RecoverOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Literal["spp-imagenet"] | None = Field(None, description="the paper's retraining recipe for ImageNet")
-    method: Method = Field("full", description="train all weights, or low-rank adapters that are merged at the end")
+    method: Method = Field(
+        "full", description="train all weights, low-rank adapters that are merged at the end, or a sparse delta (diff)"
+    )
     epochs: Positive | None = Field(None, description="passes over the training part; 10 unless `steps` are given")
     steps: Count | None = Field(None, description="optimiser steps, in place of `epochs`")
     examples: Count | None = Field(None, description="most calibration examples, held-out ones included; unset: all")
@@ -60,7 +63,7 @@ class RecoverOptions(BaseModel):
     warmup: Probability = Field(
         0.1, description="share of the steps in which the rate rises; then it falls by a cosine"
     )
-    weight_decay: NotNegative = Field(0.05, description="of matrices; norms and biases have none")
+    weight_decay: NotNegative = Field(0.05, description="of matrices; norms and biases have none, nor has diff")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where it is faster: on GPUs and with AMX"
@@ -83,6 +86,10 @@ class RecoverOptions(BaseModel):
     cutmix: NotNegative = Field(0.0, description="alpha of cutmix; 0 is off")
     rank: Count = Field(RANK, description="of the adapters (lora)")
     alpha: Positive | None = Field(None, description="scale of the adapters (lora); unset: 2 · rank")
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(SHARE, description="of the weights that may change (diff)")
+    find: Annotated[float, Field(gt=0, lt=1)] = Field(
+        FIND, description="share of the steps in which it is found which weights change (diff)"
+    )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="processes that prepare augmented images; unset: one per core on a GPU, else none"
     )
@@ -106,7 +113,9 @@ class RecoverOptions(BaseModel):
             raise ValueError("expected either `epochs` or `steps`")
         if self.task_weight == self.logits_weight == self.hidden_weight == 0:
             raise ValueError("expected one of `task_weight`, `logits_weight` and `hidden_weight` above 0")
-        if self.method == "full" and (self.rank, self.alpha) != (RANK, None):
+        if self.method != "diff" and (self.share, self.find) != (SHARE, FIND):
+            raise ValueError("`share` and `find` belong to `method: diff`")
+        if self.method != "lora" and (self.rank, self.alpha) != (RANK, None):
             raise ValueError("`rank` and `alpha` belong to `method: lora`")
         return self
 

@@ -13,6 +13,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.methods.compute import Compute
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recovery.options import RecoverOptions, check_fits
+from deploy_prune.recovery.sparse import SparseTraining
 from deploy_prune.recovery.state import Mark
 from deploy_prune.recovery.training import Training
 from deploy_prune.saved_state import SavedState
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Recovered:
     """The trained model and how it went. `before` and `after` are the metric on the held-out calibration part, which no
-    step saw; `best_step` 0 means that no step made it better, and `model` has the weights it started from."""
+    step saw; `best_step` 0 means that no step made it better, and `model` has the weights it started from. `changed`
+    counts the weights that a sparse delta changes."""
 
     model: nn.Module
     metric: str
@@ -36,10 +38,11 @@ class Recovered:
     trained_on: int
     seconds: float
     marks: list[Mark]
+    changed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the model, as plain JSON data."""
-        names = ("metric", "before", "after", "steps", "best_step", "held_out", "trained_on", "seconds")
+        names = ("metric", "before", "after", "steps", "best_step", "held_out", "trained_on", "seconds", "changed")
         return {**{name: getattr(self, name) for name in names}, "marks": [asdict(mark) for mark in self.marks]}
 
 
@@ -67,14 +70,16 @@ def recover(
     parsed = options_from(options)
     check_fits(parsed, type(task))
     with torch.random.fork_rng(), torch.enable_grad():
-        training = Training(model, task, teacher, parsed, compute or Compute(), seed, progress or SILENT)
+        kind = SparseTraining if parsed.method == "diff" else Training
+        training = kind(model, task, teacher, parsed, compute or Compute(), seed, progress or SILENT)
         place = saved or SavedState()
         own = json.dumps([place.identity, training.identity], sort_keys=True)
         training.run(SavedState(place.directory, own, place.minutes))
     standing = training.standing
     best = standing.marks[standing.best]
+    found = training.best()
     return Recovered(
-        training.best(),
+        found,
         task.metric,
         before=standing.marks[0].value,
         after=best.value,
@@ -84,7 +89,14 @@ def recover(
         trained_on=len(training.feed.items),
         seconds=standing.seconds,
         marks=standing.marks,
+        changed=_changed(model, found) if parsed.method == "diff" else None,
     )
+
+
+def _changed(given: nn.Module, found: nn.Module) -> int:
+    """How many weights differ."""
+    pairs = zip(given.parameters(), found.parameters(), strict=True)
+    return sum(int((a.detach() != b.detach().to(a.device)).sum()) for a, b in pairs)
 
 
 def options_from(options: dict[str, Any]) -> RecoverOptions:

@@ -108,7 +108,7 @@ class SamplesEntry(_Part):
 class RecoveryEntry(_Part):
     """How a member was trained after the cut. `before` and `after` are `metric` on calibration examples held out from
     the training, `quality_before` that of the untrained member on the evaluation data. `seed` names the larger member
-    whose recovered weights it started from."""
+    whose recovered weights it started from. `changed` counts the weights that a sparse delta changed."""
 
     metric: Name
     before: float
@@ -120,6 +120,7 @@ class RecoveryEntry(_Part):
     seconds: float
     quality_before: QualityEntry | None = None
     seed: Name | None = None
+    changed: int | None = None
 
 
 class Member(_Part):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from converters.onnx_session import OnnxSession
 from converters.passes.weights import TRANSPOSED
-from deploy_prune.errors import ArtifactError, UsageError
+from deploy_prune.errors import ArtifactError
 from deploy_prune.files import atomic_file, existing
 
 if TYPE_CHECKING:
@@ -24,48 +24,43 @@ if TYPE_CHECKING:
 def task_session(base: Path | str, delta: TaskDelta, *, threads: int | None = None) -> OnnxSession:
     """A session of the base's ONNX file with the delta's task in it.
 
-    Raises ArtifactError when a changed tensor is not in the file, is another one, or the head has another shape.
+    The initializers are replaced in memory before onnxruntime sees the graph. Its own `add_initializer` would not do:
+    constants that it folds while loading would still be made of the file's values. Raises ArtifactError when a changed
+    tensor is not in the file, is another one, the head has another shape, or the file's weights lie beside it.
     """
-    return OnnxSession(base, threads=threads, initializers=task_initializers(base, delta))
+    return OnnxSession(base, threads=threads, content=_task_graph(base, delta).SerializeToString())
 
 
 def write_task(base: Path | str, delta: TaskDelta, output: Path | str) -> None:
-    """The task's own ONNX file, made from the base's without tracing anything, atomically.
+    """The task's own ONNX file, made from the base's without tracing anything, atomically. Raises as `task_session`."""
+    with atomic_file(output) as temporary:
+        temporary.write_bytes(_task_graph(base, delta).SerializeToString(deterministic=True))
 
-    Raises UsageError for a base with weights in a file beside it, otherwise as `task_session`.
-    """
-    import onnx
+
+def _task_graph(base: Path | str, delta: TaskDelta) -> Any:
     from onnx import numpy_helper
 
     values = task_initializers(base, delta)
-    proto = onnx.load(existing(base, "ONNX file"), load_external_data=False)
-    if any(i.data_location == onnx.TensorProto.EXTERNAL for i in proto.graph.initializer):
-        raise UsageError(
-            "the base's weights lie in a file beside it",
-            where=str(base),
-            remedy="Let a session take the delta at load time (task_session), or export the task's model from torch.",
-        )
-    for stored in proto.graph.initializer:
+    model = _loaded(base)
+    for stored in model.graph.initializer:
         if stored.name in values:
             stored.CopyFrom(numpy_helper.from_array(values[stored.name], stored.name))
-    with atomic_file(output) as temporary:
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    return model
 
 
 def task_initializers(base: Path | str, delta: TaskDelta) -> dict[str, NDArray[Any]]:
-    """Every initializer of the base's file that the delta changes, with its new values."""
-    import onnx
+    """Every initializer of the base's file that the delta changes, with its new values. Raises as `task_session`."""
     from onnx import numpy_helper
 
-    path = existing(base, "ONNX file")
-    stored = {i.name: i for i in onnx.load(path).graph.initializer}
+    path = Path(base)
+    stored = {i.name: i for i in _loaded(base).graph.initializer}
     made: dict[str, NDArray[Any]] = {}
     problems = []
 
     def find(name: str) -> tuple[str, NDArray[Any]] | None:
         for key in (name, name + TRANSPOSED):
             if key in stored:
-                values = numpy_helper.to_array(stored[key], str(path.parent))
+                values = numpy_helper.to_array(stored[key])
                 return key, (values.T if key.endswith(TRANSPOSED) else values)
         problems.append(f"{name}: the file has no such initializer")
         return None
@@ -100,3 +95,24 @@ def task_initializers(base: Path | str, delta: TaskDelta) -> dict[str, NDArray[A
             "task's own: deploy-prune delta export.",
         )
     return made
+
+
+def _loaded(file: Path | str) -> Any:
+    """The file's graph with its weights. Raises ArtifactError for no ONNX file, or one whose weights lie beside it."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    path = existing(file, "ONNX file")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ArtifactError(
+            "not an ONNX file", where=str(path), got=str(error)[:200], remedy="Export the base again."
+        ) from error
+    if any(i.data_location == onnx.TensorProto.EXTERNAL for i in model.graph.initializer):
+        raise ArtifactError(
+            "the base's weights lie beside its file",
+            where=str(path),
+            remedy="Export the task's model from torch: deploy-prune delta export DELTA -o TASK.onnx.",
+        )
+    return model

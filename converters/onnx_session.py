@@ -22,9 +22,9 @@ class OnnxSession:
         path: Path | str,
         *,
         threads: int | None = None,
-        initializers: Mapping[str, np.ndarray] | None = None,
+        content: bytes | None = None,
     ) -> None:
-        """`initializers` take the place of the file's own of these names.
+        """`content`, where given, is loaded in place of what the file at `path` holds.
 
         Raises UnavailableError without onnxruntime or file, ArtifactError when onnxruntime refuses the model.
         """
@@ -40,12 +40,10 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
         if threads is not None:
             options.intra_op_num_threads = threads
-        values = initializers or {}
-        self._replaced = {name: onnxruntime.OrtValue.ortvalue_from_numpy(v) for name, v in values.items()}
-        for name, value in self._replaced.items():
-            options.add_initializer(name, value)  # read, not copied: they live as long as the session
         with _explained("onnxruntime cannot load the model", path):
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session: Any = onnxruntime.InferenceSession(
+                content or str(path), options, providers=["CPUExecutionProvider"]
+            )
         self.path = path
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import UnavailableError
+from deploy_prune.errors import UnavailableError, UsageError
 from deploy_prune.files import atomic_file
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def drawing() -> Any:
 
 def save_figure(figure: Any, file: Path) -> None:
     """Write a figure in the format that its suffix names, atomically, and close it."""
+    if file.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+        raise UsageError("not a format for plots", got=str(file), expected="FILE.png, .svg or .pdf")
     figure.tight_layout()
     with atomic_file(file) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None} if file.suffix == ".png" else None)

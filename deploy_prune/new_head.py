@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def with_new_head(folder: Path, where: str, classes: int, arguments: dict[str, Any]) -> nn.Module:
-    """The encoder in `folder` under a fresh classification head. Raises ArtifactError when the encoder is not whole."""
+def with_new_head(folder: Path, where: str, classes: Any, arguments: dict[str, Any]) -> nn.Module:
+    """The encoder in `folder` under a fresh classification head of `classes`.
+
+    Raises UsageError for no number of classes, ArtifactError when the encoder is not whole.
+    """
     import torch
     import transformers
 
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+        raise UsageError("not a number of classes", where=where, expected="new_head=2", got=f"new_head={classes}")
     arguments.setdefault("attn_implementation", "sdpa")
     with torch.random.fork_rng(devices=[]), without_progress_bars(), without_load_report():
         torch.manual_seed(0)
@@ -38,7 +43,8 @@ def with_new_head(folder: Path, where: str, classes: int, arguments: dict[str, A
         body = f"{model.base_model_prefix}."
         absent = {name for name in info["missing_keys"] if name.startswith(body)}
         absent -= {name for name in absent if ".pooler." in name}  # encoders published without it
-        check_keys(str(folder), missing=absent, unexpected=(), misshapen=())
+        misshapen = [(n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"] if n.startswith(body)]
+        check_keys(str(folder), missing=absent, misshapen=misshapen)
         fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and (name in fresh or not name.startswith(body)):

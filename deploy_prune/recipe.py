@@ -108,7 +108,7 @@ class FamilyPart(Part):
 class RefitPart(Part):
     """The closed-form correction of the weights that stay. `examples` null takes all calibration data. `emphasis` is
     how far a token counts by what the loss feels of it (needs labels, and a pass backward); null: 0.3 where the
-    calibration data has labels, else 0."""
+    calibration data has labels, else 0. (The refits between a search's stages take the default.)"""
 
     enabled: bool = True
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

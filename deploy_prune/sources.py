@@ -258,7 +258,7 @@ def _load_folder(folder: Path, reference: Reference, arguments: dict[str, Any]) 
     embedder = (folder / "modules.json").is_file()  # a sentence-transformers folder ships the encoder alone
     classes = arguments.pop("new_head", None)
     if classes is not None:
-        return with_new_head(folder, reference.text, int(classes), arguments)
+        return with_new_head(folder, reference.text, classes, arguments)
     cls = _model_class(folder, embedder)
     if getattr(cls, "_supports_sdpa", True):
         arguments.setdefault("attn_implementation", "sdpa")

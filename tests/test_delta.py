@@ -105,7 +105,7 @@ def test_any_values_in_any_type_come_back(dtype, count, seed):
     assert bytes_of(delta.subtract(made)) == bytes_of(base)
 
 
-def test_a_head_of_other_classes_comes_with_the_delta():
+def test_a_head_of_other_classes_is_refused_before_anything_changes():
     base, task = model(classes=3), model(classes=7)
     with torch.no_grad():
         for name, p in task.named_parameters():
@@ -113,7 +113,23 @@ def test_a_head_of_other_classes_comes_with_the_delta():
                 p.copy_(base.get_parameter(name))
     delta = TaskDelta.between(base, task, HEAD)
     assert delta.count == 0
-    assert state(delta.apply(copy.deepcopy(base))) == state(task)
+    before = state(base)
+    with pytest.raises(ArtifactError, match="head is not of the task's shape"):
+        delta.apply(base)
+    assert state(base) == before
+    other = model(seed=4, classes=7)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name not in HEAD:
+                p.copy_(base.get_parameter(name))
+    assert state(delta.apply(other)) == state(task)
+
+
+def test_stacked_deltas_bring_their_head_along():
+    base = model()
+    task = changed(base, 5, head=True)
+    only = TaskDelta.between(base, task, HEAD)
+    assert state(stack(base, {"only": only}).apply(copy.deepcopy(base))) == state(task)
 
 
 def test_another_or_a_changed_base_is_refused_and_stays_as_it_was():

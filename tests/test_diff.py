@@ -169,7 +169,9 @@ def test_bad_requests_are_refused(digits, tiny_bert):
     with pytest.raises(UsageError, match="belong to"):
         diff(model, task, fit="l1", groups="tensor")
     with pytest.raises(UsageError, match="no such head"):
-        diff(model, task, head=("tail",))
+        diff(model, task, head=("head", "tail"))
+    with pytest.raises(UsageError, match="no value to change"):
+        diff(model, task, share=1e-7)
     unlabeled = dp.load_task(
         "image-classification", model=model, model_ref="x", calibration=unlabeled_images(), metric="agreement"
     )
@@ -235,15 +237,16 @@ def test_a_file_made_of_the_base_holds_the_very_weights_of_the_tasks_own_export(
     assert weights(made) == weights(own)
 
 
-def test_a_base_with_its_weights_beside_it_is_not_rewritten(tiny_bert, tmp_path):
+def test_a_base_with_its_weights_beside_it_is_refused(tiny_bert, tmp_path):
     import onnx
 
     base, _ = exported("tiny_bert", tiny_bert)
     beside = tmp_path / "beside.onnx"
     onnx.save(onnx.load(base), beside, save_as_external_data=True, location="beside.data", size_threshold=64)
     delta = TaskDelta.between(tiny_bert, tiny_bert)
-    assert task_session(beside, delta).outputs
-    with pytest.raises(UsageError, match="beside it"):
+    with pytest.raises(ArtifactError, match="lie beside its file"):
+        task_session(beside, delta)
+    with pytest.raises(ArtifactError, match="lie beside its file"):
         write_task(beside, delta, tmp_path / "task.onnx")
     assert not (tmp_path / "task.onnx").exists()
 
@@ -336,3 +339,50 @@ def test_a_new_head_is_the_same_at_every_load(saved, tiny_bert):
     assert torch.equal(
         one.bert.encoder.layer[0].output.dense.weight, tiny_bert.bert.encoder.layer[0].output.dense.weight
     )
+
+
+@pytest.mark.parametrize("name", ["tiny_swin", "tiny_swinv2", "tiny_gpt2"])
+def test_constants_that_a_runtime_folds_are_the_tasks_own(name, request, tmp_path):
+    """Position biases and tied embeddings reach the graph through nodes that are folded while a session is made."""
+    import copy
+
+    from forms import signature_of
+
+    from converters.onnx_export import export_onnx
+    from converters.parity import check_parity
+
+    base, signature = request.getfixturevalue(name), signature_of(name)
+    export_onnx(base, tmp_path / "base.onnx", signature)
+    task = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in task.parameters():
+            p.add_(0.1 * p.abs().mean() * torch.randn(p.shape, generator=generator))
+    delta = TaskDelta.between(base, task)
+    session = task_session(tmp_path / "base.onnx", delta)
+
+    def form(inputs):
+        return torch.from_numpy(session.run({n: t.numpy() for n, t in inputs.items()}))
+
+    assert check_parity({"task": task, "onnx": form}, signature).error < 2e-4
+
+
+def test_a_choice_that_is_not_trained_is_judged_as_it_is(digits):
+    model, task = digits
+    found = diff(model, task, head=(), **{**QUICK, "mask_epochs": 0, "share": 1e-4})
+    again = diff(found.model, task, head=(), **{**QUICK, "epochs": 1e-3, "mask_epochs": 0, "share": 1e-4})
+    assert found.after == again.before, "what is reported is the metric of the model that is given"
+
+
+@pytest.mark.parametrize("new_head", ["abc", "0", "-1", "2.5", "true"])
+def test_a_new_head_needs_a_number_of_classes(saved, tiny_bert, new_head):
+    with pytest.raises(UsageError, match="number of classes"):
+        dp.load_model(f"hf:{saved(tiny_bert)}?new_head={new_head}")
+
+
+def test_a_new_head_on_an_encoder_of_other_shapes_is_refused(saved, tiny_bert):
+    folder = saved(tiny_bert)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(ArtifactError, match="do not fit"):
+        dp.load_model(f"hf:{folder}?new_head=2")

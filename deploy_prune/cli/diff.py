@@ -60,12 +60,14 @@ def command(
 
     `deploy-prune delta export DELTA -o TASK.onnx` makes the task's model of it.
     """
-    from deploy_prune.delta import diff
+    from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.pipeline.setup import choose_device
+    from deploy_prune.pipeline.workspace import refuse_foreign_file
     from deploy_prune.recipe_text import settings_of
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import load_task
 
+    refuse_foreign_file(output, TaskDelta.load, "task delta")
     own = settings_of(task_options, "--task-option")
     base = load_model(model).to(choose_device(device))
     task = load_task(task_name, model=base, model_ref=model, calibration=data, evaluation=evaluation, **own)

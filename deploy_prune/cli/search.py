@@ -68,13 +68,14 @@ def command(
     deploy_prune search ...`.
     """
     from deploy_prune.cli.inspect import describe_path
+    from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.stages import find_path
     from deploy_prune.pipeline.workspace import refuse_foreign_file, search_workspace
     from deploy_prune.recipe import ComputePart, recipe_from
     from deploy_prune.recipe_text import settings_of, shares
 
-    distributed.from_main(lambda: refuse_foreign_file(output))
+    distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
     device, seed = how.pop("device"), how.pop("seed")
     compute = {name: how.pop(name) for name in ComputePart.model_fields}

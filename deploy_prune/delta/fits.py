@@ -136,7 +136,9 @@ def at_random(base: Tensors, count: int, seed: int) -> dict[str, Tensor]:
 
     total = sum(t.numel() for t in base.values())
     chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
-    return _split(torch.from_numpy(chosen), {name: t.numel() for name, t in base.items()})
+    return _split(
+        torch.from_numpy(chosen).to(next(iter(base.values())).device), {name: t.numel() for name, t in base.items()}
+    )
 
 
 def owners_of(model: nn.Module, base: Tensors, groups: str) -> Tensors:
@@ -145,12 +147,13 @@ def owners_of(model: nn.Module, base: Tensors, groups: str) -> Tensors:
     if groups == "none":
         return {}
     found: Tensors = {name: torch.tensor(number) for number, name in enumerate(base)}
+    device = next(iter(base.values())).device
     count = len(found)
     if groups == "unit":
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in base}
         for site in find_sites(model):
             count = _site_owners(model, site, names, found, count)
-    return found
+    return {name: owner.to(device) for name, owner in found.items()}
 
 
 def _site_owners(model: nn.Module, site: Site, names: Mapping[int, str], found: Tensors, count: int) -> int:
@@ -178,7 +181,7 @@ def _split(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     ends = torch.tensor(list(sizes.values())).cumsum(0)
     found, start = {}, 0
     for (name, size), end in zip(sizes.items(), ends.tolist(), strict=True):
-        low, high = torch.searchsorted(indices, torch.tensor([start, end])).tolist()
+        low, high = torch.searchsorted(indices, torch.tensor([start, end], device=indices.device)).tolist()
         found[name] = indices[low:high] - start
         start = start + size
     return found

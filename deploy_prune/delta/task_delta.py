@@ -193,17 +193,35 @@ class TaskDelta:
 
         tensors = _tensors(model, frozenset(self.head))
         self._check(tensors, before, what)
+        if head:
+            self._check_head(model)
         with torch.no_grad():
             for name, c in self.changes.items():
                 flat = _bits(tensors[name]).copy()
                 flat[c.positions] ^= c.bits
                 tensors[name].copy_(_as(flat, tensors[name]))
             if head:
+                own = model.state_dict(keep_vars=True)
                 for name, value in self.head.items():
-                    set_tensor(model, name, value)
+                    own[name].copy_(value)
         if body_sha256(tensors) != after:
             raise ArtifactError("the delta does not lead where it says", remedy="The file is damaged; get it again.")
         return model
+
+    def _check_head(self, model: nn.Module) -> None:
+        own = model.state_dict()
+        problems = [
+            f"{name}: the delta has shape {tuple(t.shape)}, the model "
+            + (str(tuple(own[name].shape)) if name in own else "no such tensor")
+            for name, t in self.head.items()
+            if name not in own or own[name].shape != t.shape
+        ]
+        if problems:
+            raise ArtifactError(
+                "the model's head is not of the task's shape",
+                problems=problems[:8],
+                remedy="Load the base under a head of the task's size, as in hf:ENCODER?new_head=3.",
+            )
 
     def _check(self, tensors: Mapping[str, Tensor], wanted: str, what: str) -> None:
         problems = [
@@ -275,7 +293,8 @@ def stack(base: nn.Module, deltas: Mapping[str, TaskDelta], *, overlap: str = "r
                 changed[c.positions] ^= c.bits
                 total[where] += _as(changed, tensor).flatten()[where].double() - old[name].flatten()[where].double()
             tensor.copy_(total.view_as(tensor).to(tensor.dtype))
-    made = TaskDelta.between(base, result, (), {"stacked": sorted(deltas), "overlap": overlap})
+    own = heads.keys() & base.state_dict().keys()
+    made = TaskDelta.between(base, result, own, {"stacked": sorted(deltas), "overlap": overlap})
     return TaskDelta(made.base_sha256, made.result_sha256, made.changes, heads, made.facts)
 
 
@@ -286,22 +305,6 @@ def body_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(_bits(tensor).tobytes())
     return digest.hexdigest()
-
-
-def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the parameter or buffer `name` a value, also of another shape."""
-    from torch import nn
-
-    place, _, last = name.rpartition(".")
-    module = model.get_submodule(place)
-    old = getattr(module, last, None)
-    if old is None:
-        raise ArtifactError("the model has no such tensor", where=name, remedy="Load the architecture of the task.")
-    value = value.to(old).clone()
-    if isinstance(old, nn.Parameter):
-        setattr(module, last, nn.Parameter(value, old.requires_grad))
-    else:
-        setattr(module, last, value)
 
 
 def _overlaps(deltas: Mapping[str, TaskDelta]) -> list[str]:

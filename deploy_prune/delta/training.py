@@ -56,8 +56,8 @@ class Diffed:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but tensors, as plain JSON data."""
-        names = ("metric", "before", "after", "share", "trainable", "state_bytes", "full_state_bytes")
-        names = (*names, "lora_state_bytes", "seconds")
+        sizes = ("trainable", "state_bytes", "full_state_bytes", "lora_state_bytes")
+        names = ("metric", "before", "after", "share", *sizes, "seconds")
         marks = {phase: [asdict(mark) for mark in marks] for phase, marks in self.marks.items()}
         return {**{name: getattr(self, name) for name in names}, "marks": marks}
 
@@ -90,7 +90,9 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
     classifier. Raises UsageError where neither says."""
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):
-        return tuple(name for name, _ in model.named_children() if name != prefix)
+        own = [name for name, _ in model.named_children() if name != prefix]
+        names = [name for name, _ in model.named_parameters()]  # a tied output layer is of the base
+        return tuple(head for head in own if any(name.startswith(f"{head}.") for name in names))
     if hasattr(model, "get_classifier"):
         timm_model: Any = model
         classifier = timm_model.get_classifier()
@@ -139,6 +141,12 @@ class _Training:
     def run(self) -> Diffed:
         options, begun = self.options, time.monotonic()
         count = round(options.share * sum(t.numel() for t in self.base.values()))
+        if not count and options.fit in ("l0", "l1", "random"):
+            raise UsageError(
+                "the share leaves no value to change",
+                got=f"{options.share:g} of {sum(t.numel() for t in self.base.values())}",
+                remedy="Raise share, or train the head alone: fit=last-layer.",
+            )
         if options.fit == "lora":
             return self._lora(count, begun)
         fit: fits.Sparse | fits.Whole
@@ -354,10 +362,10 @@ def _prefixes(head: tuple[str, ...], named: Mapping[str, Tensor]) -> tuple[str, 
     """As prefixes of parameter names. Raises UsageError for a name that nothing starts with."""
     found = tuple(name if name in named else f"{name}." for name in head)
     unknown = [own for own in found if not any(name.startswith(own) for name in named)]
-    absent = [own.rstrip(".") for own in unknown]
-    if absent and len(absent) == len(found):
-        raise UsageError("the model has no such head", got=", ".join(absent), remedy="Name modules or tensors of it.")
-    return tuple(own for own in found if own not in unknown) or ("\0",)
+    if unknown:
+        got = ", ".join(own.rstrip(".") for own in unknown)
+        raise UsageError("the model has no such head", got=got, remedy="Name modules or tensors of it.")
+    return found or ("\0",)
 
 
 def _train_mode(called: nn.Module, training: bool) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deploy_prune.tasks.base import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DynamicResult(Recovered):
     """As `Recovered`, but `model` is dense-shaped: `compact(result.model, result.plan, check_weights=False)` is the
     compact one. `adapted` has the same weights with the adapters beside them (method lora), `history` what left and

@@ -200,19 +200,18 @@ def discard(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def refuse_foreign_file(path: Path) -> None:
-    """Raise UsageError when `path` holds something that no search of ours wrote; an earlier solution path may go."""
-    from deploy_prune.path import SolutionPath
-
+def refuse_foreign_file(path: Path, load: Callable[[Path], Any], what: str) -> None:
+    """Raise UsageError when `path` holds something that `load`, which reads what is to be written, refuses; an earlier
+    `what` may go."""
     if not path.exists():
         return
     try:
-        SolutionPath.load(path)
+        load(path)
     except ArtifactError as error:
         raise UsageError(
             "the output is taken",
             where=str(path),
-            expected="nothing, or an earlier solution path",
+            expected=f"nothing, or an earlier {what}",
             got="another file",
             remedy="Choose another file with -o; nothing was touched.",
         ) from error

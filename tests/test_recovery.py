@@ -294,7 +294,7 @@ def test_without_a_teacher_the_labels_teach_and_without_labels_the_teacher(
         ({"task_weight": 0, "logits_weight": 0, "hidden_weight": 0}, "above 0"),
         ({"learning_rate": 1e-3}, "unknown key"),
         ({"lr": -1.0, "ema": 1.5}, "2 bad option"),
-        ({"method": "qlora"}, "'full' or 'lora'"),
+        ({"method": "qlora"}, "'full', 'lora' or 'diff'"),
         ({"recipe": "imagenet"}, "spp-imagenet"),
         ({"crop": 0.5}, "float arrays cannot be cropped"),
     ],

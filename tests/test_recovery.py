@@ -141,7 +141,7 @@ def differing(given: nn.Module, found: nn.Module) -> int:
 def test_a_sparse_delta_changes_its_share_of_the_weights_and_no_other(
     dense: nn.Module, small: nn.Module, task: Task, ema: float | None
 ) -> None:
-    options = {"method": "diff", "share": 0.02, "steps": 30, "evaluations": 6, "lr": 1e-3, "ema": ema}
+    options = {"method": "diff", "share": 0.02, "steps": 30, "evaluations": 6, "ema": ema}
     found = short(small, task, dense, **options)
     total = sum(p.numel() for p in small.parameters())
     assert found.changed == differing(small, found.model)
@@ -151,6 +151,29 @@ def test_a_sparse_delta_changes_its_share_of_the_weights_and_no_other(
     assert found.to_json()["changed"] == found.changed
     delta = dp.TaskDelta.between(small, found.model)
     assert weights_sha256(delta.apply(copy.deepcopy(small))) == weights_sha256(found.model)
+
+
+def test_a_sparse_delta_makes_a_cut_model_better(dense: nn.Module, small: nn.Module, task: Task) -> None:
+    found = recover(small, task, teacher=dense, steps=80, precision="fp32", method="diff", share=0.05)
+    assert found.after > found.before + 0.1
+    assert quality(found.model, task) > quality(small, task) + 0.1
+
+
+def test_while_it_is_found_what_changes_most_weights_stay_exactly(
+    dense: nn.Module, small: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = {}
+
+    def mark(training: Training) -> Mark:
+        pairs = zip(small.parameters(), training.parameters.values(), strict=True)
+        moved[training.standing.step] = sum(int((a != b).sum()) for a, b in pairs)
+        return Mark(training.standing.step, 0.5, 1.0)
+
+    monkeypatch.setattr(Training, "_mark", mark)
+    short(small, task, dense, steps=12, evaluations=12, method="diff", share=0.01)
+    total = sum(p.numel() for p in small.parameters())
+    assert moved[0] == 0 < moved[6] < 0.9 * total
+    assert 0 < moved[7] <= round(0.01 * total)
 
 
 def test_a_dense_candidate_never_wins_however_good(

@@ -38,7 +38,7 @@ RECIPES = {"spp-imagenet": SPP_IMAGENET}
 IMAGE_OPTIONS = ("crop", "flip", "randaugment", "erasing", "mixup", "cutmix")
 RANK = 16  # of adapters
 # Chosen on held-out calibration data (bench/notes.md).
-RATES: dict[Method, float] = {"full": 1e-4, "lora": 1e-3, "diff": 1e-4}
+RATES: dict[Method, float] = {"full": 1e-4, "lora": 1e-3, "diff": 3e-4}
 SHARE, FIND = 0.005, 0.5  # of a sparse delta
 
 
@@ -59,7 +59,9 @@ class RecoverOptions(BaseModel):
     steps: Count | None = Field(None, description="optimiser steps, in place of `epochs`")
     examples: Count | None = Field(None, description="most calibration examples, held-out ones included; unset: all")
     batch_size: Count = Field(32, description="examples of one optimiser step, over all processes")
-    lr: Positive | None = Field(None, description="peak learning rate; unset: that of the method or recipe")
+    lr: Positive | None = Field(
+        None, description="peak learning rate (diff: while it is found); unset: that of the method or recipe"
+    )
     warmup: Probability = Field(
         0.1, description="share of the steps in which the rate rises; then it falls by a cosine"
     )

@@ -178,12 +178,16 @@ class Training:
             )
         nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.rate * rate_at(step, self.feed.steps, options.warmup)
+            group["lr"] = self._rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.parameters, step + 1)
         return total
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.options.rate * rate_at(step, self.feed.steps, self.options.warmup)
 
     def _loss(self, batch: Batch, random: np.random.Generator) -> Tensor:
         if self.options.softens_labels:

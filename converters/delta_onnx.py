@@ -6,6 +6,7 @@ In the first case the base's file lies on disk once, and of a task there is only
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,28 +41,28 @@ def write_task(base: Path | str, delta: TaskDelta, output: Path | str) -> None:
 def _task_graph(base: Path | str, delta: TaskDelta) -> Any:
     from onnx import numpy_helper
 
-    values = task_initializers(base, delta)
-    model = _loaded(base)
+    path = existing(base, "ONNX file")
+    model = _loaded(path)
+    values = task_initializers({i.name: numpy_helper.to_array(i) for i in model.graph.initializer}, delta, str(path))
     for stored in model.graph.initializer:
         if stored.name in values:
             stored.CopyFrom(numpy_helper.from_array(values[stored.name], stored.name))
     return model
 
 
-def task_initializers(base: Path | str, delta: TaskDelta) -> dict[str, NDArray[Any]]:
-    """Every initializer of the base's file that the delta changes, with its new values. Raises as `task_session`."""
-    from onnx import numpy_helper
+def task_initializers(stored: Mapping[str, NDArray[Any]], delta: TaskDelta, where: str) -> dict[str, NDArray[Any]]:
+    """Of the base's `stored` initializers, those that the delta changes, with their new values.
 
-    path = Path(base)
-    stored = {i.name: i for i in _loaded(base).graph.initializer}
+    Raises ArtifactError naming `where` when a changed tensor is not there, is another one, or the head has another
+    shape.
+    """
     made: dict[str, NDArray[Any]] = {}
     problems = []
 
     def find(name: str) -> tuple[str, NDArray[Any]] | None:
         for key in (name, name + TRANSPOSED):
             if key in stored:
-                values = numpy_helper.to_array(stored[key])
-                return key, (values.T if key.endswith(TRANSPOSED) else values)
+                return key, (stored[key].T if key.endswith(TRANSPOSED) else stored[key])
         problems.append(f"{name}: the file has no such initializer")
         return None
 
@@ -89,7 +90,7 @@ def task_initializers(base: Path | str, delta: TaskDelta) -> dict[str, NDArray[A
     if problems:
         raise ArtifactError(
             "the delta does not fit this ONNX file",
-            where=str(path),
+            where=where,
             problems=problems[:8],
             remedy="Export the base model that the delta names, with a head of the task's size, or a file of the "
             "task's own: deploy-prune delta export.",
@@ -97,12 +98,11 @@ def task_initializers(base: Path | str, delta: TaskDelta) -> dict[str, NDArray[A
     return made
 
 
-def _loaded(file: Path | str) -> Any:
+def _loaded(path: Path) -> Any:
     """The file's graph with its weights. Raises ArtifactError for no ONNX file, or one whose weights lie beside it."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    path = existing(file, "ONNX file")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:

@@ -53,6 +53,18 @@ def _write_failed(path: Path, error: OSError) -> UnavailableError:
 
 
 @contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Failures to write `path` as UnavailableError; others as they are."""
+    try:
+        yield
+    except Exception as error:
+        failure = _write_failure(path, error)
+        if failure is None:
+            raise
+        raise _write_failed(path, failure) from error
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well, delete it otherwise.
 
@@ -61,20 +73,16 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and some writers make files that only their owner may read
-        _sync(temporary)
-        os.replace(temporary, path)
-        temporary = None
-    except Exception as error:
-        failure = _write_failure(path, error)
-        if failure is None:
-            raise
-        raise _write_failed(path, failure) from error
+        with _explained(path):  # before the clean-up frees space
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and some writers make files that only their owner may read
+            _sync(temporary)
+            os.replace(temporary, path)
+            temporary = None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -86,27 +94,23 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent))
-        os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                os.chmod(file, 0o666 & ~_umask())
-                _sync(file)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-old", dir=path.parent))
-            os.rename(path, old / path.name)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
-        temporary = None
-    except Exception as error:
-        failure = _write_failure(path, error)
-        if failure is None:
-            raise
-        raise _write_failed(path, failure) from error
+        with _explained(path):  # before the clean-up frees space
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent))
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    os.chmod(file, 0o666 & ~_umask())
+                    _sync(file)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix="-old", dir=path.parent))
+                os.rename(path, old / path.name)
+                os.rename(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(temporary, path)
+            temporary = None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -119,17 +123,13 @@ def atomic_siblings(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     room: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-        yield room / path.name
-        for file in sorted(room.iterdir(), key=lambda f: f.name == path.name):
-            _sync(file)
-            os.replace(file, path.parent / file.name)
-    except Exception as error:
-        failure = _write_failure(path, error)
-        if failure is None:
-            raise
-        raise _write_failed(path, failure) from error
+        with _explained(path):  # before the clean-up frees space
+            path.parent.mkdir(parents=True, exist_ok=True)
+            room = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+            yield room / path.name
+            for file in sorted(room.iterdir(), key=lambda f: f.name == path.name):
+                _sync(file)
+                os.replace(file, path.parent / file.name)
     finally:
         if room is not None:
             shutil.rmtree(room, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Moments of as many sites at a time as fit into memory, each group written to a file of its own before the next.
 
-A site whose output projection reads d features takes d² float64 numbers, three times that while they are made. With
+A site whose output projection reads d features takes d² float64 numbers, three times that while they are made, six
+times where tokens are weighted by what the loss feels of them. With
 `limit` bytes for one pass over the data, a model of any depth needs ceil(all its sites / limit) passes.
 """
 
@@ -22,20 +23,22 @@ if TYPE_CHECKING:
     from deploy_prune.tasks.base import Losses, Task
     from deploy_prune.units import Site
 
-MATRICES = 3  # of d x d float64 that a site takes at the most: the sum, the result and what is reduced
+# Of d x d float64 that a site takes at the most: the sum, the result and what is reduced; with weighted tokens the same
+# of both parts.
+MATRICES, WEIGHTED = 3, 6
 
 
-def moment_bytes(model: nn.Module, site: Site) -> int:
+def moment_bytes(model: nn.Module, site: Site, *, weighted: bool) -> int:
     """Memory that the moments of one site take while they are made."""
-    return int(MATRICES * 8 * width(layer_at(model, site.out), "in") ** 2)
+    return int((WEIGHTED if weighted else MATRICES) * 8 * width(layer_at(model, site.out), "in") ** 2)
 
 
-def groups_within(model: nn.Module, sites: Sequence[Site], limit: float) -> list[list[Site]]:
+def groups_within(model: nn.Module, sites: Sequence[Site], limit: float, *, weighted: bool) -> list[list[Site]]:
     """The sites in model order, in as few groups as stay below `limit` bytes; one that does not is a group alone."""
     groups: list[list[Site]] = []
     free = 0.0
     for site in sites:
-        size = moment_bytes(model, site)
+        size = moment_bytes(model, site, weighted=weighted)
         if not groups or size > free:
             groups.append([])
             free = limit
@@ -64,7 +67,7 @@ def collect_to(
     and emphasis alone. Raises what `collect_moments` raises.
     """
     compute = compute or Compute()
-    groups = groups_within(model, sites, limit)
+    groups = groups_within(model, sites, limit, weighted=losses is not None and emphasis > 0)
     done = distributed.from_main(lambda: set(load_moments(directory)) if directory.is_dir() else set())
     progress.start(len(order) * len(groups), "moments")
     try:

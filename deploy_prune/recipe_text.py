@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from deploy_prune.errors import RecipeError, UsageError, did_you_mean
+
+T = TypeVar("T", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _LARGEST_RECIPE = 1 << 20  # bytes; a recipe is a page of text
@@ -117,6 +119,15 @@ def expand(value: Any, unset: list[str], where: str = "") -> Any:
         if not os.environ.get(name):
             unset.append(f"{where}: {value!r} needs the environment variable {name} (or --set {where}=VALUE)")
     return _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[0], value)
+
+
+def checked_options(kind: type[T], options: Mapping[str, Any], what: str) -> T:
+    """`options` as `kind`. Raises UsageError that lists every unknown or impossible one of `what`."""
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        problems = explain(error, kind)
+        raise UsageError(f"{len(problems)} bad option(s) of {what}", problems=problems) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:

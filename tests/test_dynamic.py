@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from digits import digits_task
 from forms import random_path, relative_error, signature_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,6 @@ from deploy_prune.errors import ArtifactError, UsageError
 from deploy_prune.gates import masked
 from deploy_prune.methods.compute import Compute
 from deploy_prune.saved_state import SavedState
-from deploy_prune.tasks import load_task
 from deploy_prune.units import UnitKind, groups, unit_key
 
 FAMILIES = ("tiny_vit", "tiny_bert", "tiny_llama", "tiny_swin", "tiny_mobilellm", "tiny_vit_qk_norm")
@@ -40,13 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return load_task(
-        "image-classification",
-        model=model,
-        model_ref="python:deploy_prune.demo:digits_vit",
-        calibration="digits:train",
-        evaluation="digits:test",
-    )
+    return digits_task(model)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from digits import digits_task
 from forms import FAMILIES, SIZES, signature_of
 from torch import nn
 
@@ -14,7 +15,6 @@ from deploy_prune.demo import digits_vit_untrained
 from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.methods import search
 from deploy_prune.methods.attention_statistics import measured, watching_attention
-from deploy_prune.tasks import load_task
 from deploy_prune.units import SiteKind, UnitKind, unit_key
 
 
@@ -131,13 +131,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return load_task(
-        "image-classification",
-        model=model,
-        model_ref="python:deploy_prune.demo:digits_vit_untrained",
-        calibration="digits:train",
-        evaluation="digits:test",
-    )
+    return digits_task(model)
 
 
 def test_a_head_without_a_question_leaves_its_layer_first(model, task):

@@ -29,7 +29,7 @@ def case(request):
     return model, SIGNATURES[request.param], *exported(request.param, model)
 
 
-def agree(model, signature, path, batch, sequence, padding):
+def assert_agree(model, signature, path, batch, sequence, padding):
     inputs = signature.random_inputs({"batch": batch, "sequence": sequence}, seed=batch, padding=padding)
     with torch.no_grad():
         expected = signature.call(model, inputs)
@@ -45,13 +45,13 @@ def agree(model, signature, path, batch, sequence, padding):
 def test_onnx_equals_torch_off_the_trace(case, padding):
     model, signature, path, _ = case
     for batch, sequence in OFF_TRACE:
-        agree(model, signature, path, batch, sequence, padding)
+        assert_agree(model, signature, path, batch, sequence, padding)
 
 
 def test_embedding_with_mean_pooling_equals_torch_and_names_what_it_does_not_read(tiny_bert):
     path, report = exported("embedding", tiny_bert, EMBEDDING)
     for batch, sequence in OFF_TRACE:
-        agree(tiny_bert, EMBEDDING, path, batch, sequence, padding=True)
+        assert_agree(tiny_bert, EMBEDDING, path, batch, sequence, padding=True)
     assert set(report.initializers.unused) == {
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
@@ -64,7 +64,7 @@ def test_eager_attention_exports_as_well(tiny_bert, tmp_path):
     model, name = tiny_bert, "tiny_bert"
     model.set_attn_implementation("eager")
     onnx_export.export_onnx(model, tmp_path / "eager.onnx", SIGNATURES[name])
-    agree(model, SIGNATURES[name], tmp_path / "eager.onnx", 3, 17, padding=True)
+    assert_agree(model, SIGNATURES[name], tmp_path / "eager.onnx", 3, 17, padding=True)
 
 
 def test_weight_bytes_are_four_per_parameter_exactly(case):
@@ -192,7 +192,7 @@ def test_large_weights_go_beside_the_graph_in_the_same_directory(tiny_vit, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
     assert report.external == "large.onnx.data"
     assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
-    agree(tiny_vit, SIGNATURES["tiny_vit"], path, 3, 1, padding=False)
+    assert_agree(tiny_vit, SIGNATURES["tiny_vit"], path, 3, 1, padding=False)
 
 
 class _Frozen(torch.nn.Module):

@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from digits import digits_task
 
 from deploy_prune.architecture import weights_sha256
 from deploy_prune.demo import digits_vit, digits_vit_untrained
 from deploy_prune.errors import UnresolvedError, UsageError
 from deploy_prune.methods import METHODS, search
-from deploy_prune.tasks import load_task
 from deploy_prune.units import UnitKind, groups, unit_key
 
 FAST = {"spp": {"steps": 40, "objective": "distill", "basis": "own", "stages": []}}
@@ -31,13 +31,13 @@ def trained():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return load_task(
-        "image-classification",
-        model=model,
-        model_ref="python:deploy_prune.demo:digits_vit_untrained",
-        calibration="digits:train",
-        evaluation="digits:test",
-    )
+    return digits_task(model)
+
+
+def test_the_help_of_search_names_every_search():
+    from deploy_prune.cli.search import SEARCHES
+
+    assert set(SEARCHES) == set(METHODS)
 
 
 def find(model, task, method, **more):
@@ -104,7 +104,7 @@ def test_both_objectives_of_spp_enter_every_unit(model, task, objective):
         ("ssp", {}, "Did you mean 'spp'"),
         ("spp", {"step": 3}, "Did you mean 'steps'"),
         ("spp", {"steps": 1, "pressure": -1.0}, "2 bad option"),
-        ("fisher", {"steps": 3}, "steps: Extra inputs"),
+        ("fisher", {"steps": 3}, "steps: unknown key"),
     ],
 )
 def test_an_unknown_method_or_option_is_named(model, task, method, options, message):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from digits import digits_task
 from forms import FEW, random_path, signature_of
 
 from deploy_prune.demo import digits_vit_untrained
+from deploy_prune.hard_concrete import COFI
 from deploy_prune.methods import search
 from deploy_prune.methods.base import Context
 from deploy_prune.methods.compute import Compute
-from deploy_prune.methods.hard_concrete import open_probability, sampled
 from deploy_prune.methods.structural_diff import StructuralDiff, StructuralDiffOptions, expected_params
 from deploy_prune.saved_state import SavedState
-from deploy_prune.tasks import load_task
 from deploy_prune.units import groups, unit_key
 
 
@@ -26,13 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return load_task(
-        "image-classification",
-        model=model,
-        model_ref="python:deploy_prune.demo:digits_vit_untrained",
-        calibration="digits:train",
-        evaluation="digits:test",
-    )
+    return digits_task(model)
 
 
 def context_of(model, task, saved=None, **compute):
@@ -45,8 +39,8 @@ def context_of(model, task, saved=None, **compute):
 @pytest.mark.parametrize("log_alpha", [-3.0, 0.0, 2.5])
 def test_a_gate_is_open_as_often_as_its_probability_says(log_alpha):
     u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    z = sampled(torch.full_like(u, log_alpha), u)
-    expected = float(open_probability(torch.tensor(log_alpha)))
+    z = COFI.sampled(torch.full_like(u, log_alpha), u)
+    expected = float(COFI.open_probability(torch.tensor(log_alpha)))
     assert float((z > 0).float().mean()) == pytest.approx(expected, abs=0.005)
     assert float(z.min()) >= 0 and float(z.max()) <= 1
     assert (z == 0).any() and (z == 1).any()

@@ -94,8 +94,8 @@ def costs_of_7b() -> dict[str, float]:
         "GB activations per row": kept / 1e9,
         "GB activations per row, recomputed": inputs / 1e9,
         "GB moments of all sites on disk": sum(8 * d * d for d in features) / 1e9,
-        "GB moments of one site in memory": max(moment_bytes(model, site) for site in sites) / 1e9,
-        "passes for moments within 8 GiB": len(groups_within(model, sites, 8 * 2**30)),
+        "GB moments of one site in memory": max(moment_bytes(model, site, weighted=True) for site in sites) / 1e9,
+        "passes for moments within 8 GiB": len(groups_within(model, sites, 8 * 2**30, weighted=True)),
     }
 
 

@@ -73,11 +73,20 @@ def subtract(file: Path, model: str, output: Path) -> None:
 @command.command("export")
 @click.argument("file", metavar="DELTA", type=_FILE)
 @click.option("--model", help="Reference of the base, where it is not the delta's own; its weights must be the same.")
+@click.option("--data", help="Data of the task, where the delta's own has moved; one example tells what goes in.")
 @click.option("--base", "as_base", is_flag=True, help="Write the base's ONNX file instead, for --onto.")
 @click.option("--onto", type=_FILE, help="The base's ONNX file: prove the delta on it; with -o, make TASK.onnx of it.")
 @click.option("-o", "--output", type=_FILE, help="TASK.onnx")
 @click.option("--json", "as_json", is_flag=True, help="Print the export's and the parity's figures as JSON.")
-def export(file: Path, model: str | None, as_base: bool, onto: Path | None, output: Path | None, as_json: bool) -> None:
+def export(
+    file: Path,
+    model: str | None,
+    data: str | None,
+    as_base: bool,
+    onto: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Write the task's ONNX file, proved equal to torch, or nothing. With --onto BASE.onnx alone, prove that the base's
     file with the delta put in at load time is the task's model, so that of every task only the delta is stored; with -o
     too, write the file with the delta in it, without tracing the model again.
@@ -89,11 +98,15 @@ def export(file: Path, model: str | None, as_base: bool, onto: Path | None, outp
     from deploy_prune.files import atomic_siblings
 
     if (onto is None and output is None) or (as_base and (onto or output is None)):
-        raise UsageError("expected --output, with or without --base, or --onto, with or without --output")
+        raise UsageError(
+            "nothing to write or to prove",
+            expected="-o TASK.onnx, -o BASE.onnx --base, or --onto BASE.onnx with or without -o",
+            remedy="deploy-prune delta export --help",
+        )
     delta = TaskDelta.load(file)
     reference = model or reference_of(delta, file)
     base = base_of(reference)
-    task = task_of(delta, base, reference)
+    task = task_of(delta, base, reference, data)
     made = base if as_base else delta.apply(base)
     report: dict[str, Any] = {"delta": str(file)}
 
@@ -157,14 +170,15 @@ def base_of(reference: str) -> nn.Module:
     return load_model(reference)
 
 
-def task_of(delta: TaskDelta, model: nn.Module, reference: str) -> Task:
-    """The task as the delta was learned for it. Raises UsageError for a delta that does not say."""
+def task_of(delta: TaskDelta, model: nn.Module, reference: str, data: str | None) -> Task:
+    """The task as the delta was learned for it, on `data` in place of its own. Raises UsageError for a delta that does
+    not say."""
     from deploy_prune.tasks import load_task
 
     how = delta.facts.get("task")
     if not isinstance(how, dict) or not {"name", "data", "options"} <= how.keys():
         raise UsageError("the delta does not say what task it is for", remedy="Export it from Python: dp.export_onnx.")
-    return load_task(how["name"], model=model, model_ref=reference, calibration=how["data"], **how["options"])
+    return load_task(how["name"], model=model, model_ref=reference, calibration=data or how["data"], **how["options"])
 
 
 def save_whole(model: nn.Module, reference: str, output: Path) -> None:

@@ -33,7 +33,7 @@ def _targets(command: Any) -> Any:
 @click.command(short_help="Cut models at given budgets from a solution path into a bundle.")
 @click.argument("path", type=click.Path(path_type=Path))
 @_targets
-@click.option("--kinds", metavar="KIND,...", help="Only units of these kinds: head, neuron.  [default: all]")
+@click.option("--kinds", metavar="KIND,...", help="Only units of these kinds: head, qk, vo, neuron.  [default: all]")
 @click.option("--align", type=click.IntRange(1), default=1, show_default=True, help="Widths at a multiple of this.")
 @click.option("--model", help="Model reference, where it is not the path's own; its weights must be the same.")
 @click.option("--data", help="Calibration data for the refit, where it is not the path's own.")

@@ -14,6 +14,12 @@ from deploy_prune.cli.run import resume_options
 if TYPE_CHECKING:
     from deploy_prune.pipeline.workspace import Mode
 
+# Every search of the registry (deploy_prune.methods), by name: importing it here would make `--help` slow.
+SEARCHES = (
+    *("spp", "layer-adaptive", "fine-grained", "structural-diff"),
+    *("obs", "kwon", "flap", "wanda", "corp", "fisher", "taylor", "magnitude", "random"),
+)
+
 
 @click.command(short_help="Score every unit of a model and write the solution path.")
 @click.argument("model")
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Calibration data: digits:train, imagefolder:DIR, tsv:FILE, hf:ID, ...")
 @click.option("--eval", "evaluation", help="Evaluation data, kept in the path for `export`.")
 @click.option("--task-option", "task_options", multiple=True, metavar="KEY=VALUE", help="An option of the task.")
-@click.option("--method", default="spp", show_default=True, help="spp, layer-adaptive, fisher, obs, magnitude, ...")
+@click.option("--method", default="spp", show_default=True, help=f"{', '.join(SEARCHES)}.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method: steps=120")
 @click.option(
     "--until-resolved",

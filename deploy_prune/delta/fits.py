@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy_prune.adapters import find_sites
-from deploy_prune.delta.hard_concrete import chance_open, expected, sampled
+from deploy_prune.hard_concrete import DIFF
 from deploy_prune.layers import layer_at, width
 from deploy_prune.units import Site
 
@@ -41,7 +41,7 @@ class Dense:
         return [*found, {"params": gates, "lr": gate_lr}] if gates else found
 
     def tensors(self, *, training: bool) -> Tensors:
-        gate = sampled if training else expected
+        gate = _drawn if training else DIFF.without_noise
         z_g = gate(self.group_alpha) if self.owners else None
         return {name: t + self._difference(name, gate, z_g) for name, t in self.base.items()}
 
@@ -49,10 +49,10 @@ class Dense:
         """λ E‖δ‖₀ = λ Σ_i σ(α_i − c), in groups λ Σ_i σ(α_i − c) σ(α_g(i) − c), c = log(−l/r)."""
         if not self.alpha:
             return torch.zeros(())
-        open_g = chance_open(self.group_alpha)
+        open_g = DIFF.open_probability(self.group_alpha)
         parts = [
-            (chance_open(a) * open_g[self.owners[name]] if name in self.owners else chance_open(a)).sum()
-            for name, a in self.alpha.items()
+            (opened * open_g[self.owners[name]] if name in self.owners else opened).sum()
+            for name, opened in ((n, DIFF.open_probability(a)) for n, a in self.alpha.items())
         ]
         return self.strength * torch.stack(parts).sum()
 
@@ -67,8 +67,8 @@ class Dense:
     @torch.no_grad()
     def differences(self) -> Tensors:
         """δ without noise."""
-        z_g = expected(self.group_alpha) if self.owners else None
-        return {name: self._difference(name, expected, z_g) for name in self.base}
+        z_g = DIFF.without_noise(self.group_alpha) if self.owners else None
+        return {name: self._difference(name, DIFF.without_noise, z_g) for name in self.base}
 
     def _difference(self, name: str, gate: Any, z_g: Tensor | None) -> Tensor:
         δ = self.w[name]
@@ -77,6 +77,10 @@ class Dense:
         if z_g is not None and name in self.owners:
             δ = z_g[self.owners[name]] * δ
         return δ
+
+
+def _drawn(alpha: Tensor) -> Tensor:
+    return DIFF.sampled(alpha, torch.rand_like(alpha))
 
 
 class Whole:
@@ -136,9 +140,7 @@ def at_random(base: Tensors, count: int, seed: int) -> dict[str, Tensor]:
 
     total = sum(t.numel() for t in base.values())
     chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
-    return _split(
-        torch.from_numpy(chosen).to(next(iter(base.values())).device), {name: t.numel() for name, t in base.items()}
-    )
+    return _split(torch.from_numpy(chosen), {name: t.numel() for name, t in base.items()})
 
 
 def owners_of(model: nn.Module, base: Tensors, groups: str) -> Tensors:
@@ -176,12 +178,12 @@ def _site_owners(model: nn.Module, site: Site, names: Mapping[int, str], found: 
 
 
 def _split(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Indices into all tensors laid end to end, as indices into each."""
+    """Indices into all tensors laid end to end, as indices into each, on the CPU."""
     indices = indices.cpu()
     ends = torch.tensor(list(sizes.values())).cumsum(0)
     found, start = {}, 0
     for (name, size), end in zip(sizes.items(), ends.tolist(), strict=True):
-        low, high = torch.searchsorted(indices, torch.tensor([start, end], device=indices.device)).tolist()
+        low, high = torch.searchsorted(indices, torch.tensor([start, end])).tolist()
         found[name] = indices[low:high] - start
         start = start + size
     return found

@@ -29,6 +29,18 @@ _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # bytes of a v
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """A model that an operation needs, in words."""
+
+    what: str
+    remedy: str
+
+
+_BASE = _Wanted("base model", "Load the model that the delta names, unchanged and in the same precision.")
+_RESULT = _Wanted("model with this delta applied", "Load what `apply` of this very delta made, unchanged since.")
+
+
+@dataclass(frozen=True)
 class Change:
     """Where one tensor of the base changes: `positions` (n,) int64, rising, in the flattened tensor, and `bits` (n,),
     old bits exclusive or new bits. `base_sha256` is of the base tensor's bytes, for who has it in another file."""
@@ -96,18 +108,18 @@ class TaskDelta:
 
         Raises ArtifactError, and changes nothing, when `model` is not the base.
         """
-        return self._flip(model, self.base_sha256, self.result_sha256, "base model", head=True)
+        return self._flip(model, self.base_sha256, self.result_sha256, _BASE, head=True)
 
     def subtract(self, model: nn.Module) -> nn.Module:
         """Make the task's `model` the base again, in place, bit for bit; the head stays the task's.
 
         Raises ArtifactError, and changes nothing, when `model` is not what `apply` made.
         """
-        return self._flip(model, self.result_sha256, self.base_sha256, "model with this delta applied", head=False)
+        return self._flip(model, self.result_sha256, self.base_sha256, _RESULT, head=False)
 
     def check_base(self, model: nn.Module) -> None:
         """Raise ArtifactError unless `model` is the base, whatever its head."""
-        self._check(_tensors(model, frozenset(self.head)), self.base_sha256, "base model")
+        self._check(_tensors(model, frozenset(self.head)), self.base_sha256, _BASE)
 
     @property
     def count(self) -> int:
@@ -188,11 +200,11 @@ class TaskDelta:
                 remedy="The file is damaged or something else; get it again or train it again.",
             ) from error
 
-    def _flip(self, model: nn.Module, before: str, after: str, what: str, *, head: bool) -> nn.Module:
+    def _flip(self, model: nn.Module, before: str, after: str, wanted: _Wanted, *, head: bool) -> nn.Module:
         import torch
 
         tensors = _tensors(model, frozenset(self.head))
-        self._check(tensors, before, what)
+        self._check(tensors, before, wanted)
         if head:
             self._check_head(model)
         with torch.no_grad():
@@ -223,7 +235,7 @@ class TaskDelta:
                 remedy="Load the base under a head of the task's size, as in hf:ENCODER?new_head=3.",
             )
 
-    def _check(self, tensors: Mapping[str, Tensor], wanted: str, what: str) -> None:
+    def _check(self, tensors: Mapping[str, Tensor], sha256: str, wanted: _Wanted) -> None:
         problems = [
             f"{name}: expected {c.dtype} {c.shape}, got "
             + (
@@ -237,13 +249,15 @@ class TaskDelta:
             or str(t.dtype).removeprefix("torch.") != c.dtype
         ]
         got = body_sha256(tensors)
-        if problems or got != wanted:
+        if problems or got != sha256:
+            base = self.facts.get("model")
             raise ArtifactError(
-                f"not the {what} that this delta was made for",
-                expected=f"weights sha256 {wanted[:12]}…",
+                f"not the {wanted.what} that this delta was made for",
+                where=f"delta of base {base}" if base else None,
+                expected=f"weights sha256 {sha256[:12]}…",
                 got=f"{got[:12]}…",
                 problems=problems[:8],
-                remedy="Load the model that the delta names, unchanged and in the same precision.",
+                remedy=wanted.remedy,
             )
 
 

@@ -21,6 +21,7 @@ from deploy_prune.delta.task_delta import TaskDelta
 from deploy_prune.errors import DataError, RecoveryError, UnsupportedModelError, UsageError
 from deploy_prune.precision import chosen_precision
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.recipe_text import checked_options
 from deploy_prune.recovery.feed import Feed, split
 from deploy_prune.recovery.judging import Judge
 from deploy_prune.recovery.options import RecoverOptions
@@ -79,7 +80,7 @@ def diff(
     held-out part are kept. `options` are those of DiffOptions. The given model is not changed. Same seed, data and
     versions: same delta. Raises UsageError (options), DataError (no labels), RecoveryError (the loss is not finite).
     """
-    parsed = options_from(options)
+    parsed = checked_options(DiffOptions, options, "diff pruning")
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         return _Training(model, task, head_of(model) if head is None else head, parsed, seed, progress or SILENT).run()
@@ -104,19 +105,6 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
         got=type(model).__name__,
         remedy='Name it, as in head=("classifier",); head=() for none.',
     )
-
-
-def options_from(options: dict[str, Any]) -> DiffOptions:
-    """Options as their type. Raises UsageError that lists every unknown or impossible one."""
-    from pydantic import ValidationError
-
-    from deploy_prune.recipe_text import explain
-
-    try:
-        return DiffOptions.model_validate(options)
-    except ValidationError as error:
-        problems = explain(error, DiffOptions)
-        raise UsageError(f"{len(problems)} bad option(s) of diff pruning", problems=problems) from error
 
 
 class _Training:

@@ -19,6 +19,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.methods.compute import Compute
 from deploy_prune.plan import PrunePlan
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.recipe_text import checked_options
 from deploy_prune.recovery.options import check_fits
 from deploy_prune.recovery.recovered import Recovered
 from deploy_prune.saved_state import SavedState
@@ -64,7 +65,7 @@ def train_dynamic(
 
     Raises UsageError (options, a plan that removes nothing, sharded weights), PlanError, and as `recover`.
     """
-    parsed = _options(options)
+    parsed = checked_options(DynamicOptions, options, "a dynamic training")
     check_fits(parsed, type(task))
     compute = compute or Compute()
     if compute.shard:
@@ -100,15 +101,3 @@ def train_dynamic(
         history=training.history,
         adapted=adapted,
     )
-
-
-def _options(options: dict[str, Any]) -> DynamicOptions:
-    from pydantic import ValidationError
-
-    from deploy_prune.recipe_text import explain
-
-    try:
-        return DynamicOptions.model_validate(options)
-    except ValidationError as error:
-        problems = explain(error, DynamicOptions)
-        raise UsageError(f"{len(problems)} bad option(s) of a dynamic training", problems=problems) from error

@@ -28,6 +28,7 @@ from deploy_prune.methods.structural_diff import StructuralDiffOptions, structur
 from deploy_prune.path import Allocation, SolutionPath
 from deploy_prune.precision import Precision, chosen_precision
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.recipe_text import checked_options
 from deploy_prune.refitting import collect_moments, refit
 from deploy_prune.saved_state import SavedState
 
@@ -104,18 +105,7 @@ def get_method(name: str) -> Method:
 
 def check_options(method: Method, options: dict[str, Any]) -> Any:
     """`options` as the method's own type. Raises UsageError listing every unknown or impossible one."""
-    from pydantic import ValidationError
-
-    try:
-        return method.options(**options)
-    except ValidationError as error:
-        known = list(method.options.model_fields)
-        problems = []
-        for e in error.errors():
-            name = ".".join(map(str, e["loc"]))
-            hint = did_you_mean(name, known) if e["type"] == "extra_forbidden" else f"got {e['input']!r}"
-            problems.append(f"{name}: {e['msg']}. {hint}")
-        raise UsageError(f"{len(problems)} bad option(s) for method {method.name}", problems=problems) from error
+    return checked_options(method.options, options, f"method {method.name}")
 
 
 def search(

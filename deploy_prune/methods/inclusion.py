@@ -6,6 +6,7 @@ Units enter the support of Γ one after another, most needed first; the time of 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ BETA1, BETA2 = 0.9, 0.999  # Adam's own defaults, for the adaptive step
 
 
 @dataclass
-class Inclusion:
+class Inclusion(ABC):
     """State that every variant has: gates M, their dual V, sparse companion Γ, Adam's two moments, times of entry.
 
     `lanes` says by key into how many equal rows a tensor is split: the units of a column form one group of the proximal
@@ -35,9 +36,9 @@ class Inclusion:
         self.V, self.Γ, self.first, self.second = zeros(), zeros(), zeros(), zeros()
         self.entry = {key: torch.full_like(m, math.inf) for key, m in self.M.items()}
 
+    @abstractmethod
     def step(self, gradients: Mapping[str, Tensor], coupling: Mapping[str, float]) -> None:
         """One step, with ∂L/∂M given, (units,) by key, and 1/ν by key."""
-        raise NotImplementedError
 
     def entry_time(self, key: str) -> Tensor:
         """Time of entry in steps, (units,) float64; of a unit still outside, when V's mean rate would bring it in."""

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deploy_prune.hard_concrete import COFI
 from deploy_prune.methods.base import Context, Importance, Options
 from deploy_prune.methods.compute import repeated
-from deploy_prune.methods.hard_concrete import open_probability, sampled
 from deploy_prune.methods.spp_quadratic import mean_inputs
 from deploy_prune.methods.statistics import require_labels
 from deploy_prune.recovery.state import restore_state, state_tensors
@@ -111,7 +111,7 @@ class StructuralDiff:
 
     def sparsity(self) -> Tensor:
         """ŝ, float64, differentiable in log α."""
-        opened = {key: open_probability(value.double().cpu()) for key, value in self.logits.items()}
+        opened = {key: COFI.open_probability(value.double().cpu()) for key, value in self.logits.items()}
         return 1 - expected_params(self.context.sites, self.context.costs, opened) / expected_params(
             self.context.sites, self.context.costs, {key: torch.ones_like(p) for key, p in opened.items()}
         )
@@ -130,7 +130,7 @@ class StructuralDiff:
         generator = torch.Generator().manual_seed(int(sequence[0]))
         with torch.enable_grad():
             return {
-                key: sampled(value, torch.rand(len(value), generator=generator).to(value.device))
+                key: COFI.sampled(value, torch.rand(len(value), generator=generator).to(value.device))
                 for key, value in self.logits.items()
             }
 

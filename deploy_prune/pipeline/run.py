@@ -201,11 +201,26 @@ def member_stages(
             **_parts(setup, "refit", "parity", "quality"),
         }
         recovered = None
+        given: dict[str, Any] = {"basis": path.basis, "reference": _reference(dense)}
         if setup.recipe.dynamic.enabled:
-            recovered = dynamic_stage(workspace, setup, name, plan, loaded, dense, path, inputs)
+
+            def train(
+                directory: Path, saved: SavedState, plan: PrunePlan = plan, given: dict[str, Any] = given
+            ) -> None:
+                dynamic_member(setup, plan, loaded(), directory, saved=saved, **given)
+
+            recovered = training_stage(workspace, setup, name, inputs | _training(setup, "dynamic"), train)
             plan = distributed.from_main(partial(PrunePlan.load, recovered.directory / stages.PLAN))
         elif setup.recipe.recover.enabled:
-            recovered = recovery_stage(workspace, setup, name, plan, loaded, dense, path, larger, inputs)
+            given["seed"] = larger
+
+            def train(
+                directory: Path, saved: SavedState, plan: PrunePlan = plan, given: dict[str, Any] = given
+            ) -> None:
+                recover_member(setup, plan, loaded(), directory, saved=saved, **given)
+
+            own = {**_training(setup, "recover"), "seed": larger.fingerprint if larger else None}
+            recovered = training_stage(workspace, setup, name, inputs | own, train)
             if setup.recipe.recover.progressive:
                 larger = Seed(name, plan, recovered.directory / WEIGHTS, recovered.fingerprint)
         inputs |= {"recovered": recovered.fingerprint if recovered else None, **_parts(setup, "export")}
@@ -232,60 +247,17 @@ def member_stages(
     return done
 
 
-def recovery_stage(
+def training_stage(
     workspace: Workspace,
     setup: Setup,
     name: str,
-    plan: PrunePlan,
-    moments: Callable[[], Moments | None],
-    dense: Stage,
-    path: SolutionPath,
-    larger: Seed | None,
     inputs: Mapping[str, Any],
+    train: Callable[[Path, SavedState], None],
 ) -> Stage:
-    """The weights of a member after its training, made from `inputs`; a killed one goes on inside the training."""
-    how = setup.recipe.recover.model_dump(mode="json", exclude={"enabled", "workers"})
-    own = {**inputs, "recover": how, "seed": larger.fingerprint if larger else None}
-    saved = workspace.saved(f"{name}.recovered")
-    state = SavedState(saved, fingerprint(own), setup.recipe.compute.checkpoint_minutes)
-
-    def work(directory: Path) -> None:
-        recover_member(
-            setup,
-            plan,
-            moments(),
-            directory,
-            basis=path.basis,
-            seed=larger,
-            saved=state,
-            reference=_reference(dense),
-        )
-
-    done = workspace.stage(f"{name}.recovered", own, work, together=True)
-    workspace.forget(saved)
-    return done
-
-
-def dynamic_stage(
-    workspace: Workspace,
-    setup: Setup,
-    name: str,
-    plan: PrunePlan,
-    moments: Callable[[], Moments | None],
-    dense: Stage,
-    path: SolutionPath,
-    inputs: Mapping[str, Any],
-) -> Stage:
-    """A member's weights and plan after a training with changing structure; a killed one goes on inside of it."""
-    how = setup.recipe.dynamic.model_dump(mode="json", exclude={"enabled", "workers"})
-    own = {**inputs, "dynamic": how}
+    """What the training `train` of a member leaves, made from `inputs`; a killed one goes on inside the training."""
     saved = workspace.saved(f"{name}.trained")
-    state = SavedState(saved, fingerprint(own), setup.recipe.compute.checkpoint_minutes)
-
-    def work(directory: Path) -> None:
-        dynamic_member(setup, plan, moments(), directory, basis=path.basis, saved=state, reference=_reference(dense))
-
-    done = workspace.stage(f"{name}.trained", own, work, together=True)
+    state = SavedState(saved, fingerprint(dict(inputs)), setup.recipe.compute.checkpoint_minutes)
+    done = workspace.stage(f"{name}.trained", dict(inputs), lambda directory: train(directory, state), together=True)
     workspace.forget(saved)
     return done
 
@@ -319,6 +291,11 @@ def bench_stage(workspace: Workspace, setup: Setup, dense: Stage, members: dict[
 
 def _parts(setup: Setup, *names: str) -> dict[str, Any]:
     return {name: getattr(setup.recipe, name).model_dump(mode="json") for name in names}
+
+
+def _training(setup: Setup, name: str) -> dict[str, Any]:
+    """The recipe's part `name` as far as the weights depend on it."""
+    return {name: getattr(setup.recipe, name).model_dump(mode="json", exclude={"enabled", "workers"})}
 
 
 def _reference(dense: Stage) -> np.ndarray | None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deploy_prune.errors import UsageError
 from deploy_prune.methods.compute import Compute
 from deploy_prune.progress import SILENT, Progress
+from deploy_prune.recipe_text import checked_options
 from deploy_prune.recovery.options import RecoverOptions, check_fits
 from deploy_prune.recovery.sparse import SparseTraining
 from deploy_prune.recovery.state import Mark
@@ -67,7 +67,7 @@ def recover(
 
     Raises UsageError (options), DataError (data), RecoveryError (the loss is not finite), UnavailableError (no peft).
     """
-    parsed = options_from(options)
+    parsed = checked_options(RecoverOptions, options, "recovery")
     check_fits(parsed, type(task))
     with torch.random.fork_rng(), torch.enable_grad():
         kind = SparseTraining if parsed.method == "diff" else Training
@@ -97,16 +97,3 @@ def _changed(given: nn.Module, found: nn.Module) -> int:
     """How many weights differ."""
     pairs = zip(given.parameters(), found.parameters(), strict=True)
     return sum(int((a.detach() != b.detach().to(a.device)).sum()) for a, b in pairs)
-
-
-def options_from(options: dict[str, Any]) -> RecoverOptions:
-    """Options as their type. Raises UsageError that lists every unknown or impossible one."""
-    from pydantic import ValidationError
-
-    from deploy_prune.recipe_text import explain
-
-    try:
-        return RecoverOptions.model_validate(options)
-    except ValidationError as error:
-        problems = explain(error, RecoverOptions)
-        raise UsageError(f"{len(problems)} bad option(s) of recovery", problems=problems) from error

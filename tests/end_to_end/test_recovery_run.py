@@ -56,7 +56,7 @@ def test_every_member_says_how_it_was_trained_and_what_it_was_before(bundle: Pat
 
 
 def test_a_run_killed_inside_the_training_goes_on_to_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
-    out, saved = tmp_path / "out", tmp_path / "out.work" / "s50.recovered.saved"
+    out, saved = tmp_path / "out", tmp_path / "out.work" / "s50.trained.saved"
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy_prune", *arguments(out)[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -66,7 +66,7 @@ def test_a_run_killed_inside_the_training_goes_on_to_the_same_bytes(bundle: Path
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "out.work" / "s50.recovered").exists()
+    assert not (tmp_path / "out.work" / "s50.trained").exists()
     assert run_command(arguments(out, "--resume")) == 0
     for name in ("models/s50.onnx", "models/s70.onnx"):
         assert (out / name).read_bytes() == (bundle / name).read_bytes()

@@ -81,7 +81,15 @@ def main(
     if not os.environ.get("DEPLOY_PRUNE_DATA"):
         raise UnavailableError("DEPLOY_PRUNE_DATA is not set", remedy="Name the directory that holds glue/.")
     extra = settings_of(settings, "--set")
-    terms = {"base": BASE, "share": share, "examples": examples, "limit": limit, "settings": extra, "tuned": tune}
+    terms = {
+        "base": BASE,
+        "share": share,
+        "examples": examples,
+        "limit": limit,
+        "settings": extra,
+        "tuned": tune,
+        "fits": FITS,
+    }
     result: dict[str, Any] = {"terms": terms, "rows": {}, "environment": environment()}
     if out.exists():
         result = read_json(out)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploy_prune.adapters.modules.past import taken_past
+
 
 @cache
 def uneven(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
@@ -29,11 +31,13 @@ def heads_of(layer: nn.Module, x: Tensor, width: int) -> Tensor:
     return y.view(*x.shape[:-1], -1, width).transpose(1, 2)
 
 
-def cached(module: Any, key: Tensor, value: Tensor, past_key_values: Any) -> tuple[Tensor, Tensor]:
-    """Key and value (batch, kv heads, tokens, width) after those of earlier tokens, where there is a cache."""
-    if past_key_values is None:
+def cached(module: Any, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Key and value (batch, kv heads, tokens, width) after those of earlier tokens, where there is a cache among the
+    attention's keyword arguments; it is taken out of them."""
+    past = taken_past(arguments)
+    if past is None:
         return key, value
-    own = getattr(past_key_values, "self_attention_cache", past_key_values)  # of an encoder-decoder cache
+    own = getattr(past, "self_attention_cache", past)  # of an encoder-decoder cache
     joined: tuple[Tensor, Tensor] = own.update(key, value, module.layer_idx)
     return joined
 

@@ -10,7 +10,7 @@ from deploy_prune.adapters.modules.hf_attention import attend, cached
 
 
 def forward(
-    self: Any, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     rows, tokens, _ = hidden_states.shape
     qk, vo = self.num_heads * self.qk_width, self.num_heads * self.vo_width
@@ -18,7 +18,7 @@ def forward(
         part.view(rows, tokens, self.num_heads, -1).transpose(1, 2)
         for part in self.c_attn(hidden_states).split([qk, qk, vo], dim=2)
     )
-    k, v = cached(self, k, v, past_key_values)
+    k, v = cached(self, k, v, kwargs)
     if self.reorder_and_upcast_attn and self.config._attn_implementation == "eager":
         context, weights = self._upcast_and_reordered_attn(q, k, v, attention_mask)
         context = context.reshape(rows, tokens, -1)

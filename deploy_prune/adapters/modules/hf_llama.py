@@ -14,7 +14,6 @@ def forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     q, k = (heads_of(layer, hidden_states, self.qk_width) for layer in (self.q_proj, self.k_proj))
@@ -23,7 +22,7 @@ def forward(
     if is_rotary(self):
         pairs = getattr(self, "rotary_pairs", None)
         q, k = (turned(x, *position_embeddings, pairs) for x in (q, k))
-    k, v = cached(self, k, v, past_key_values)
+    k, v = cached(self, k, v, kwargs)
     window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
     if window is not None:  # the mask has it already; for attention functions that make their own
         kwargs["sliding_window"] = window

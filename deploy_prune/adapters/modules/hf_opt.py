@@ -10,10 +10,10 @@ from deploy_prune.adapters.modules.hf_attention import attend, cached, heads_of
 
 
 def forward(
-    self: Any, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     q, k = (heads_of(layer, hidden_states, self.qk_width) for layer in (self.q_proj, self.k_proj))
     v = heads_of(self.v_proj, hidden_states, self.vo_width)
-    k, v = cached(self, k, v, past_key_values)
+    k, v = cached(self, k, v, kwargs)
     context, weights = attend(self, q * self.scaling, k, v, attention_mask, self.dropout, **{**kwargs, "scaling": 1.0})
     return self.out_proj(context), weights

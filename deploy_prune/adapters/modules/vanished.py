@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploy_prune.adapters.modules.past import taken_past
+
 
 class Absent(nn.Module):
     """Base of what stands for a sublayer that is gone.
@@ -18,10 +20,11 @@ class Absent(nn.Module):
 
     layer_idx: int | None = None
 
-    def count(self, hidden_states: Tensor, past_key_values: Any) -> None:
-        if past_key_values is not None and self.layer_idx is not None:
+    def count(self, hidden_states: Tensor, arguments: dict[str, Any]) -> None:
+        past = taken_past(arguments)
+        if past is not None and self.layer_idx is not None:
             nothing = torch.zeros_like(hidden_states[:, None, :, :1])
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            past.update(nothing, nothing, self.layer_idx)
 
 
 class Vanished(Absent):
@@ -36,8 +39,8 @@ class Vanished(Absent):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.extra, self.layer_idx = extra, layer_idx
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        self.count(hidden_states, past_key_values)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.count(hidden_states, kwargs)
         output = torch.zeros_like(hidden_states)
         if self.bias is not None:
             output = output + self.bias.to(hidden_states.dtype)
@@ -51,6 +54,6 @@ class Passing(Absent):
         super().__init__()
         self.extra, self.layer_idx = extra, layer_idx
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        self.count(hidden_states, past_key_values)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.count(hidden_states, kwargs)
         return (hidden_states, *(None,) * self.extra) if self.extra else hidden_states

@@ -31,10 +31,10 @@ class Glue:
 
 
 TASKS = {
-    "SST-2": Glue("text=sentence", 20_000),
-    "MRPC": Glue("label=0&text=3&text2=4"),
+    "SST-2": Glue("text=sentence", 3_000),
+    "MRPC": Glue("label=0&text=3&text2=4", 1_500),
     "RTE": Glue("text=sentence1&text2=sentence2&labels=entailment,not_entailment"),
-    "CoLA": Glue("header=0&label=1&text=3", metric="matthews"),
+    "CoLA": Glue("header=0&label=1&text=3", 3_000, metric="matthews"),
 }
 # What every fit is run with: the best of the few rates tried on held-out training sentences (bench/notes.md). The head
 # is new to all of them and learns at one rate, but where it learns alone.

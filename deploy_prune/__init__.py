@@ -47,6 +47,10 @@ _WHERE = {
     # what is measured and shipped
     "measure": "bench.timing",
     "verify": "deploy_prune.release.verify",
+    "gate": "deploy_prune.release.gate",
+    "load_rules": "deploy_prune.release.rules",
+    "compare_bundles": "deploy_prune.release.versions",
+    "sign": "deploy_prune.release.signing",
     # a run as data
     "Recipe": "deploy_prune.recipe",
     "load_recipe": "deploy_prune.recipe",
@@ -76,7 +80,11 @@ if TYPE_CHECKING:
     from deploy_prune.recipe import Recipe, load_recipe
     from deploy_prune.recovery import recover
     from deploy_prune.refitting import collect_moments, refit
+    from deploy_prune.release.gate import gate
+    from deploy_prune.release.rules import load_rules
+    from deploy_prune.release.signing import sign
     from deploy_prune.release.verify import verify
+    from deploy_prune.release.versions import compare_bundles
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import Batch, Quality, Task, load_task
     from deploy_prune.units import Site, UnitKind

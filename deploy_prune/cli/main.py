@@ -35,6 +35,9 @@ COMMANDS = {
     "delta": "Apply, subtract, inspect or export a task delta.",
     "bench": "Time ONNX models against each other on a runtime.",
     "verify": "Check a bundle: hashes, graphs, outputs on stored inputs.",
+    "sign": "Sign a bundle with a key or a sigstore identity.",
+    "gate": "Hold a bundle's figures against release rules; exit code for CI.",
+    "compare": "Compare two bundles: regression, improvement or noise.",
     "inspect": "Show what a model, path, task delta, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
 }

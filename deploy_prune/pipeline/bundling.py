@@ -10,7 +10,7 @@ from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.setup import Setup
-from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES
+from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
 from deploy_prune.pipeline.workspace import Stage
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionP
         _link(bundle, f"models/{exported['external']}", stage.directory / exported["external"])
     samples = _link(bundle, f"samples/{name}.safetensors", stage.directory / SAMPLES)
     checkpoint, adapters, history = (stage.directory / part for part in (CHECKPOINT, APART, HISTORY))
+    scores = stage.directory / SCORES
     plan = None if name == DENSE else PrunePlan.load(stage.directory / PLAN)
     return member_from(
         name,
@@ -111,6 +112,7 @@ def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionP
         asked=plan.asked if plan else None,
         achieved=plan.achieved if plan else _dense_costs(path),
         quality=facts["quality"],
+        scores=_link(bundle, f"scores/{name}.safetensors", scores) if scores.is_file() else None,
         recovery=facts.get("recovery"),
         parity=facts["parity"],
         samples=SamplesEntry(file=samples, tolerance=setup.recipe.parity.tolerance),

@@ -33,6 +33,7 @@ DENSE = "dense"
 # Files that a model's stage leaves for the bundle, beside NAME.onnx.
 PLAN = "plan.json"
 SAMPLES = "samples.safetensors"
+SCORES = "scores.safetensors"
 CHECKPOINT = "checkpoint"
 DEFAULT_SEQUENCE = 128  # tokens per example where the recipe names none
 
@@ -295,7 +296,9 @@ def export(setup: Setup, model: nn.Module, onnx: Path, name: str) -> dict[str, A
 
 
 def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None) -> dict[str, Any] | None:
-    """The task's metric of an ONNX file as onnxruntime computes it; None without evaluation data."""
+    """The task's metric of an ONNX file as onnxruntime computes it, its scores per example left in `directory`; None
+    without evaluation data."""
+    from deploy_prune.release.scores import save_scores
     from deploy_prune.tasks.base import AGREEMENT
 
     if setup.task.evaluation_size == 0:
@@ -306,6 +309,7 @@ def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | Non
         reference = setup.task.reference_answers(predict, how.batch_size, how.limit, setup.progress)
         _save_reference(reference, directory)
     quality = setup.task.evaluate(predict, how.batch_size, how.limit, setup.progress, reference)
+    save_scores(directory / SCORES, quality.per_example)
     return quality.to_json()
 
 

@@ -27,6 +27,7 @@ from deploy_prune.release.manifest import (
 )
 
 CARD = "README.md"
+SIGNATURE = "model.sig"  # signs the manifest too, which therefore cannot list it
 
 
 def place(bundle: Path, name: str, source: Path | str, *, link: bool = False) -> str:
@@ -62,7 +63,7 @@ def finish(bundle: Path, manifest: Manifest) -> Manifest:
     files = {
         name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
         for name, path in walk(bundle)
-        if name != MANIFEST
+        if name not in (MANIFEST, SIGNATURE)
     }
     problems = [
         f"member {member.name}: {path} is not there"

@@ -21,6 +21,7 @@ _REMEDY = "The bundle is damaged or was edited; build it again, or copy it again
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Text = Annotated[str, Field(max_length=10_000)]
+Metric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,99}$")]  # recall@1
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -62,7 +63,7 @@ class TensorEntry(_Part):
 class QualityEntry(_Part):
     """The task's metric on the evaluation data; `interval` is 95 %. `detail` is what repeats the figure."""
 
-    metric: Name
+    metric: Metric
     value: float
     n: Count
     interval: tuple[float, float]
@@ -110,7 +111,7 @@ class RecoveryEntry(_Part):
     the training, `quality_before` that of the untrained member on the evaluation data. `seed` names the larger member
     whose recovered weights it started from. `changed` counts the weights that a sparse delta changed."""
 
-    metric: Name
+    metric: Metric
     before: float
     after: float
     held_out: Count
@@ -140,6 +141,7 @@ class Member(_Part):
     asked: Target | None = None
     achieved: Costs | None = None
     quality: QualityEntry | None = None
+    scores: Text | None = None
     recovery: RecoveryEntry | None = None
     parity: dict[str, Any]
     samples: SamplesEntry
@@ -147,14 +149,14 @@ class Member(_Part):
     audit: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
 
-    @field_validator("file", "external", "plan", "checkpoint", "adapters", "history")
+    @field_validator("file", "external", "plan", "checkpoint", "adapters", "history", "scores")
     @classmethod
     def _relative(cls, path: str | None) -> str | None:
         return None if path is None else check_relative(path)
 
     def named_files(self) -> list[str]:
         """Files of the bundle that the member cannot do without."""
-        named = (self.file, self.external, self.plan, self.history, self.samples.file)
+        named = (self.file, self.external, self.plan, self.history, self.samples.file, self.scores)
         return [path for path in named if path is not None]
 
 

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from deploy_prune.errors import ArtifactError, DeployPruneError, ParityError
 from deploy_prune.files import existing, sha256_file
 from deploy_prune.plan import PrunePlan
 from deploy_prune.progress import SILENT, Progress
-from deploy_prune.release.bundle import walk
-from deploy_prune.release.manifest import MANIFEST, Manifest, Member, check_relative
-from deploy_prune.release.samples import Sample, load_samples
+from deploy_prune.release.answers import Asker, MemberCheck, ask, askers
+from deploy_prune.release.bundle import SIGNATURE, walk
+from deploy_prune.release.graphs import graph_problems
+from deploy_prune.release.manifest import MANIFEST, Manifest, Member
+from deploy_prune.release.scores import contradiction, load_scores
 
-if TYPE_CHECKING:
-    import numpy as np
-    import onnx
-
-_ONNX_TYPES = {1: "float32", 7: "int64"}
 _REMEDY = "Do not ship this bundle; build it again, or copy it again from where it was whole."
 
 
 @dataclass(frozen=True)
-class MemberCheck:
-    """One model asked its stored samples: `error` relative to the largest output, `agreement` of argmax."""
-
-    name: str
-    samples: int
-    error: float
-    tolerance: float
-    agreement: float
-
-
-@dataclass(frozen=True)
 class VerifyReport:
-    """A bundle that passed. `manifest_sha256` is the one hash that stands for the whole bundle."""
+    """A bundle that passed. `manifest_sha256` is the one hash that stands for the whole bundle. A `signature` that
+    nobody asked about was not checked."""
 
     name: str
     manifest_sha256: str
@@ -45,13 +32,17 @@ class VerifyReport:
     bytes: int
     members: tuple[MemberCheck, ...]
     seconds: float
+    signature: Literal["none", "not checked", "good"] = "none"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
-    """Check every file, graph and stored answer of a bundle.
+def verify(
+    bundle: Path | str, *, key: Path | str | None = None, runtimes: Sequence[str] = (), progress: Progress = SILENT
+) -> VerifyReport:
+    """Check every file, graph and stored answer of a bundle, and with `key` that it is signed by its private half. The
+    stored inputs are asked of onnxruntime on the CPU, or of the named `runtimes`.
 
     Raises UnavailableError (no bundle, no onnxruntime), ArtifactError when anything is damaged, missing, foreign or not
     what the manifest says, else ParityError when a model no longer gives its stored answers; each lists everything.
@@ -66,7 +57,13 @@ def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
             got="a file",
             remedy="Pass the directory that `deploy-prune run` or `export` made.",
         )
+    if key is not None:
+        from deploy_prune.release.signing import check_signature
+
+        check_signature(bundle, key)  # before anything else of the bundle is believed
+    _refuse_odd(bundle / MANIFEST)
     manifest = Manifest.load(bundle / MANIFEST)
+    ways = askers(runtimes)
     progress.start(len(manifest.members) + 1, "verify")
     try:
         damage = dict(_file_problems(bundle, manifest))
@@ -74,10 +71,10 @@ def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
         problems, differences, checks = list(damage.values()), [], []
         for member in manifest.members:
             if not damage.keys() & set(member.named_files()):  # a damaged file is reported once, and not opened
-                found, text, check = _check(bundle, manifest, member)
+                found, text, made = _check(bundle, manifest, member, ways)
                 problems += [f"{member.name}: {problem}" for problem in found]
                 differences += [f"{member.name}: {line}" for line in text]
-                checks += [check] if check else []
+                checks += made
             progress.advance(1, member.name)
     finally:
         progress.finish()
@@ -102,19 +99,32 @@ def verify(bundle: Path | str, *, progress: Progress = SILENT) -> VerifyReport:
         sum(f.bytes for f in manifest.files.values()),
         tuple(checks),
         time.perf_counter() - start,
+        "good" if key is not None else "not checked" if (bundle / SIGNATURE).exists() else "none",
     )
 
 
-def _check(bundle: Path, manifest: Manifest, member: Member) -> tuple[list[str], list[str], MemberCheck | None]:
-    """(what is wrong with the member's files, where its answers differ, its figures)."""
+def _refuse_odd(manifest: Path) -> None:
+    """Raise ArtifactError for a manifest that is a link or no plain file: reading it could hang or leave the bundle."""
+    if manifest.is_symlink() or (manifest.exists() and not manifest.is_file()):
+        raise ArtifactError("the manifest is not a plain file", where=str(manifest), remedy=_REMEDY)
+
+
+def _check(
+    bundle: Path, manifest: Manifest, member: Member, ways: Mapping[str, Asker]
+) -> tuple[list[str], list[str], list[MemberCheck]]:
+    """(what is wrong with the member's files, where its answers differ, its figures in every runtime)."""
     problems = list(_member_problems(bundle, manifest, member))
     if problems:
-        return problems, [], None
-    try:
-        check, differences = _ask(bundle, manifest, member)
-    except ArtifactError as error:
-        return [f"{error.what}: {error.got}"], [], None
-    return [], differences, check
+        return problems, [], []
+    differences, checks = [], []
+    for runtime, asker in ways.items():
+        try:
+            check, text = ask(bundle, manifest, member, runtime, asker)
+        except ArtifactError as error:
+            return [f"{error.what}: {error.got}"], [], []
+        differences += [f"{runtime}: {line}" for line in text] if len(ways) > 1 else text
+        checks.append(check)
+    return [], differences, checks
 
 
 def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -125,7 +135,7 @@ def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]
             yield name, f"{name}: is a symbolic link; a bundle holds plain files"
         elif not path.is_file():
             yield name, f"{name}: is not a plain file"
-        elif name != MANIFEST:
+        elif name not in (MANIFEST, SIGNATURE):
             found[name] = path
             if name not in manifest.files:
                 yield name, f"{name}: is not in the manifest"
@@ -143,9 +153,6 @@ def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]
 
 def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
     """What of a member is not as the manifest says: its plan, its graph, its interface."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
     file = manifest.files[member.file]
     external = manifest.files[member.external].bytes if member.external else 0
     if (file.sha256, file.bytes + external) != (member.sha256, member.bytes):
@@ -160,98 +167,17 @@ def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterat
                 yield f"{member.plan} is for other weights ({plan.weights_sha256[:12]}…)"
             if (plan.asked, plan.achieved) != (member.asked, member.achieved):
                 yield f"{member.plan} asks or achieves something else than the manifest says"
+    if member.scores is not None:
+        try:
+            rows = load_scores(bundle / member.scores)
+        except DeployPruneError as error:
+            yield str(error)
+        else:
+            wrong = (
+                "is of a member that was not judged" if member.quality is None else contradiction(member.quality, rows)
+            )
+            if wrong:
+                yield f"{member.scores} {wrong}"
     if member.checkpoint is not None and f"{member.checkpoint}/model.safetensors" not in manifest.files:
         yield f"{member.checkpoint} holds no model.safetensors"
-    path = bundle / member.file
-    try:
-        graph = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
-        yield f"{member.file} is not an ONNX file ({error})"
-        return
-    outside = list(_external_problems(graph, manifest, member))
-    yield from outside
-    if outside:
-        return
-    try:
-        onnx.checker.check_model(str(path))
-    except (onnx.checker.ValidationError, ValueError) as error:
-        yield f"{member.file} is not valid ONNX: {str(error).strip()[:300]}"
-    yield from _interface_problems(graph, manifest, member)
-
-
-def _external_problems(graph: onnx.ModelProto, manifest: Manifest, member: Member) -> Iterator[str]:
-    """External data must be the one file the manifest names, beside the graph."""
-    folder = Path(member.file).parent
-    locations = set()
-    for tensor in _tensors(graph.graph):
-        locations |= {entry.value for entry in tensor.external_data if entry.key == "location"}
-    for location in sorted(locations):
-        try:
-            name = check_relative((folder / check_relative(location)).as_posix())
-        except ValueError as error:
-            yield f"{member.file} reads external data: {error}"
-            continue
-        if name != member.external or name not in manifest.files:
-            yield f"{member.file} reads external data from {location}, which the manifest does not name"
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every stored tensor of a graph and of the graphs inside it."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from _tensors(inner)
-
-
-def _interface_problems(graph: onnx.ModelProto, manifest: Manifest, member: Member) -> Iterator[str]:
-    for entry, values in ((manifest.inputs, graph.graph.input), ([manifest.output], graph.graph.output)):
-        want = [(t.name, t.dtype, t.shape) for t in entry]
-        got = [
-            (
-                v.name,
-                _ONNX_TYPES.get(v.type.tensor_type.elem_type, "other"),
-                [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
-            )
-            for v in values
-        ]
-        if want != got:
-            yield f"{member.file} has {got}, the manifest says {want}"
-    if foreign := sorted({node.domain for node in graph.graph.node} - {"", "ai.onnx"}):
-        yield f"{member.file} uses operators of {', '.join(foreign)}"
-    if [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] != [member.opset]:
-        yield f"{member.file} is not of opset {member.opset}"
-
-
-def _ask(bundle: Path, manifest: Manifest, member: Member) -> tuple[MemberCheck, list[str]]:
-    """Run the stored inputs; differences come back in words."""
-    from converters.comparison import compare
-    from converters.onnx_session import OnnxSession
-
-    tolerance, worst, agreement, text = member.samples.tolerance, 0.0, 1.0, []
-    samples = load_samples(bundle / member.samples.file)
-    session = OnnxSession(bundle / member.file)
-    for i, sample in enumerate(samples):
-        try:
-            output = session.run(sample.inputs)
-        except ArtifactError as error:
-            text.append(f"sample {i}: {error.got}")
-            worst = float("inf")
-            continue
-        difference = compare(sample.output, output, tolerance=tolerance, valid=_valid(manifest, sample))
-        worst, agreement = max(worst, difference.error), min(agreement, difference.agreement)
-        if difference.error > tolerance:
-            fault = difference.fault or f"error {difference.error:.2e}, tolerance {tolerance:.0e}"
-            text.append(f"sample {i}: {fault}, first at output{list(difference.index or ())}")
-    return MemberCheck(member.name, len(samples), worst, tolerance, agreement), text
-
-
-def _valid(manifest: Manifest, sample: Sample) -> np.ndarray | None:
-    """The stored attention mask, when the output has a position for each of its entries."""
-    for entry in manifest.inputs:
-        if entry.role == "mask" and manifest.output.shape[: len(entry.shape)] == entry.shape:
-            return sample.inputs.get(entry.name)
-    return None
+    yield from graph_problems(bundle, manifest, member)

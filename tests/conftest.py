@@ -133,7 +133,7 @@ def saved(tmp_path: Path) -> Callable[[nn.Module], Path]:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(95))]
         backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        if "CausalLM" not in type(model).__name__:
+        if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
             backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)

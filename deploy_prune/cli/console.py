@@ -6,6 +6,7 @@ Nothing here imports rich until there is something to draw on a terminal.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -17,6 +18,9 @@ from deploy_prune.progress import SILENT, Progress
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn: enough for a CI log, not more
 _quiet = False
 _for_good = False
+_notes = logging.getLogger("deploy-prune")
+_notes.propagate = False  # what it says is on stderr already
+_notes.addHandler(logging.NullHandler())
 
 
 def set_quiet(quiet: bool, *, for_good: bool = False) -> None:
@@ -27,8 +31,31 @@ def set_quiet(quiet: bool, *, for_good: bool = False) -> None:
     _quiet = quiet or _for_good
 
 
+def log(verbose: int, file: str | None) -> None:
+    """Library logs to stderr with -v (-vv: debug logs too), and with `file`, next to our own notes, to its end.
+
+    Raises UnavailableError when the file cannot be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler()] if verbose else []
+    if file:
+        try:
+            kept = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            from deploy_prune.errors import UnavailableError
+
+            raise UnavailableError("the log cannot be written", where=file, got=error.strerror or str(error)) from error
+        kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(kept)
+        _notes.addHandler(kept)
+        _notes.setLevel(logging.INFO)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose > 1 else logging.INFO, format="%(name)s: %(message)s", handlers=handlers
+    )
+
+
 def note(text: str) -> None:
-    """One line for the person at the terminal; not part of the result."""
+    """One line for the person at the terminal and for the log; not part of the result."""
+    _notes.info("%s", text)
     if not _quiet:
         print(text, file=sys.stderr, flush=True)
 

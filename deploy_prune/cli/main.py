@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ COMMANDS = {
     "compare": "Compare two bundles: regression, improvement or noise.",
     "inspect": "Show what a model, path, task delta, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
+    "completion": "Print a script that completes commands in bash, zsh or fish.",
 }
 
 # Commands that may run in several processes, started by `accelerate launch` or `torchrun`.
@@ -48,6 +50,7 @@ PARALLEL = ("demo", "run", "search", "export")
 EXIT_BUG = 70  # EX_SOFTWARE: kept apart from 1, which CI reads as "a gate failed"
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+LOG = "deploy-prune"
 
 
 class PipeClosed(Exception):
@@ -87,17 +90,16 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, "--version", prog_name="deploy-prune", message="%(prog)s %(version)s")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes; results and errors only.")
 @click.option("-v", "--verbose", count=True, help="Say more (-v: stages and library logs, -vv: debug logs).")
+@click.option("--log-file", type=click.Path(dir_okay=False), help="Append notes, errors and library logs to this file.")
 @click.pass_context
-def cli(ctx: click.Context, quiet: bool, verbose: int) -> None:
+def cli(ctx: click.Context, quiet: bool, verbose: int, log_file: str | None) -> None:
     """One search, a whole family of compact ONNX transformers, each proved equal to its torch twin and timed."""
     from deploy_prune.cli import console
 
     ctx.obj = {"verbose": verbose}
     console.set_quiet(quiet)
-    if verbose:
-        import logging
-
-        logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.INFO, format="%(name)s: %(message)s")
+    if verbose or log_file:
+        console.log(verbose, log_file)
 
 
 def refuse_shadowed_packages() -> None:
@@ -215,6 +217,7 @@ def _join_processes(args: Sequence[str]) -> None:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     sys.stdout.flush()
+    logging.getLogger(LOG).error("%s", message)
     if error is None or distributed.reports(error):
         own = f"process {distributed.index()}: " if distributed.index() else ""
         print(own + message, file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ TASKS = {
     "image-classification": "deploy_prune.tasks.image_classification:ImageClassification",
     "image-text": "deploy_prune.tasks.image_text:ImageText",
     "text-classification": "deploy_prune.tasks.text_classification:TextClassification",
+    "prompted-classification": "deploy_prune.tasks.prompted_classification:PromptedClassification",
     "causal-lm": "deploy_prune.tasks.causal_lm:CausalLM",
     "sentence-embedding": "deploy_prune.tasks.sentence_embedding:SentenceEmbedding",
 }

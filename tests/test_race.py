@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.studies.race_analysis import paired, points, summary
-from bench.studies.race_report import BEGIN, END, full, plot, section, with_section
+from bench.studies.race_report import BEGIN, END, full, pages, plot, with_section
 from bench.studies.race_result import RaceResult
 from deploy_prune.errors import UsageError
 
@@ -108,8 +108,9 @@ def test_a_section_replaces_only_what_lies_between_its_markers():
         with_section("nothing here", "new")
 
 
-def test_the_readme_says_what_the_race_files_say():
-    """Make it so with: python -m bench.studies.race_report bench/results/race_*.json --readme"""
+def test_the_documents_say_what_the_race_files_say():
+    """Make it so with: python -m bench.studies.race_report bench/results/race_*.json --docs"""
     results = [RaceResult.load(file) for file in sorted((ROOT / "bench/results").glob("race_*.json"))]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == with_section(text, section(results))
+    for target, body in pages(results).items():
+        text = target.read_text(encoding="utf-8")
+        assert text == with_section(text, body), target.name

@@ -1,7 +1,7 @@
 """The race's tables and plots, from its JSON files alone.
 
-python -m bench.studies.race_report bench/results/race_*.json            # Markdown, and a PNG beside each file
-python -m bench.studies.race_report bench/results/race_*.json --readme   # also writes README.md's section
+python -m bench.studies.race_report bench/results/race_*.json          # Markdown, and a PNG beside each file
+python -m bench.studies.race_report bench/results/race_*.json --docs   # also the tables in docs/ and README.md
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bench.studies.contestants import contestants
 from bench.studies.race_analysis import Point, best_throughout, lost, points, sound, summary
 from bench.studies.race_result import DENSE, RaceResult
 
+ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- race: made by bench.studies.race_report -->", "<!-- end of race -->"
 FORM_NAMES = {"own": "as published", "refit": "all kinds, our refit", "recovered": "recovered"}
 NONE_YET = "No race has been run with this version yet."
@@ -23,17 +24,22 @@ NONE_YET = "No race has been run with this version yet."
 
 @click.command(help=__doc__)
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--readme", is_flag=True, help="Write the README's section too.")
+@click.option("--docs", is_flag=True, help="Write the sections of docs/performance.md and README.md too.")
 @click.option("--plots/--no-plots", default=True, show_default=True)
-def main(files: tuple[Path, ...], readme: bool, plots: bool) -> None:
+def main(files: tuple[Path, ...], docs: bool, plots: bool) -> None:
     results = [RaceResult.load(file) for file in files]
     for result in results:
         click.echo(full(result))
         if plots:
             plot(result, result.path.with_suffix(".png"))
-    if readme:
-        target = Path(__file__).parents[2] / "README.md"
-        target.write_text(with_section(target.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
+    if docs:
+        for target, body in pages(results).items():
+            target.write_text(with_section(target.read_text(encoding="utf-8"), body), encoding="utf-8")
+
+
+def pages(results: Sequence[RaceResult]) -> dict[Path, str]:
+    """The files that repeat what races found, and what stands between their markers."""
+    return {ROOT / "docs/performance.md": section(results), ROOT / "README.md": in_short(results)}
 
 
 def full(result: RaceResult) -> str:
@@ -49,7 +55,7 @@ def full(result: RaceResult) -> str:
 
 
 def section(results: Sequence[RaceResult]) -> str:
-    """The README's part: the verdicts of every race, and one line of summary each."""
+    """The verdicts of every race, and one line of summary each."""
     if not results:
         return NONE_YET
     parts: list[str] = []
@@ -59,6 +65,34 @@ def section(results: Sequence[RaceResult]) -> str:
             parts += ["The best few after the same short recovery:", "", *verdicts(result, "recovered"), ""]
         parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
     return "\n".join(parts).strip()
+
+
+def in_short(results: Sequence[RaceResult]) -> str:
+    """A line per model: ours and the best other at every size, and the share of its loss that ours loses."""
+    if not results:
+        return NONE_YET
+    lines = [
+        "| model, metric | dense | removed: ours (best other) | lost, of what is lost by the best other of each size "
+        "| by the one best other | by the best as published |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        found, head = points(result), result.head
+        if not found:
+            continue
+        cells = [f"{p.asked:.0%}: {written(result, p.ours)} ({written(result, p.other)})" for p in found]
+        over, one = summary(found), best_throughout(result)
+        published = summary(points(result, ("own",), without=_our_refit()))
+        lines.append(
+            f"| {head['recipe']}, {head['metric']} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
+            f"{', '.join(cells)} | {over.share:.2f} | {'' if one is None else f'{over.lost / one[2]:.2f}'} | "
+            f"{published.share:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _our_refit() -> list[str]:
+    return [name for name, c in contestants().items() if c.our_refit]
 
 
 def with_section(text: str, body: str) -> str:
@@ -149,8 +183,7 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
             f"{_figure(mean, unit)} on average, of which ours loses {over.lost / mean:.2f}.",
         ]
     if trained is None:
-        our_refit = [name for name, c in contestants().items() if c.our_refit]
-        over = summary(points(result, ("own",), without=our_refit))
+        over = summary(points(result, ("own",), without=_our_refit()))
         lines += [
             "",
             f"Against the others as published, without our refit: ahead at {over.ahead} of {over.points} sizes, behind "

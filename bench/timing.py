@@ -70,6 +70,7 @@ def measure(
     sessions: int = SESSIONS,
     rounds: int | None = None,
     calls: int | None = None,
+    min_rounds: int | None = None,
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -79,7 +80,8 @@ def measure(
 
     `seconds` is about the time spent timing each model. `sessions` is how often each is loaded; `rounds` (in each
     session) and `calls` (timed calls of a model per round) override what follows from `seconds`. All are fixed before
-    the first timed call, never stretched until the figures please. `sizes` names the dynamic dimensions for the
+    the first timed call, never stretched until the figures please. Fewer `min_rounds` will do where a median is wanted
+    and no interval. `sizes` names the dynamic dimensions for the
     report; by default the batch, from the first dimension of the inputs.
     Raises UsageError for an empty comparison or inputs that do not fit, UnavailableError when the runtime is not here.
     """
@@ -108,7 +110,9 @@ def measure(
                 if turn == 0:
                     listener.advance(1, names[index])
             if schedule is None:
-                schedule = plan_schedule([each[0].median_ns for each in warm], seconds, sessions, rounds, calls)
+                schedule = plan_schedule(
+                    [each[0].median_ns for each in warm], seconds, sessions, rounds, calls, min_rounds
+                )
                 listener.finish()
                 listener.start(schedule.sessions * schedule.rounds, "measure")
             taken.append(run_rounds([models[i] for i in range(len(names))], schedule, generator, clock, listener))
@@ -157,13 +161,18 @@ def warm_up(model: Callable[[], None], clock: Clock = time.perf_counter_ns) -> W
 
 
 def plan_schedule(
-    medians_ns: Sequence[float], seconds: float, sessions: int, rounds: int | None = None, calls: int | None = None
+    medians_ns: Sequence[float],
+    seconds: float,
+    sessions: int,
+    rounds: int | None = None,
+    calls: int | None = None,
+    min_rounds: int | None = None,
 ) -> Schedule:
     """Blocks of about `BLOCK_NS` of the fastest model, and as many rounds as the slowest fits into `seconds`."""
     fastest, slowest = max(1.0, min(medians_ns)), max(1.0, *medians_ns)
     calls = calls or min(MAX_CALLS, math.ceil(BLOCK_NS / fastest))
     if rounds is None:
-        total = min(MAX_ROUNDS, max(MIN_ROUNDS, seconds * 1e9 / (calls * slowest)))
+        total = min(MAX_ROUNDS, max(min_rounds or MIN_ROUNDS, seconds * 1e9 / (calls * slowest)))
         rounds = math.ceil(total / sessions)
     return Schedule(sessions, rounds, calls, settle=fastest < SETTLED_NS)
 

@@ -51,6 +51,8 @@ _WHERE = {
     "load_rules": "deploy_prune.release.rules",
     "compare_bundles": "deploy_prune.release.versions",
     "sign": "deploy_prune.release.signing",
+    "latency_plans": "deploy_prune.latency.api",
+    "Place": "deploy_prune.latency.place",
     # a run as data
     "Recipe": "deploy_prune.recipe",
     "load_recipe": "deploy_prune.recipe",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.dynamic.trained import train_dynamic
     from deploy_prune.errors import DeployPruneError
+    from deploy_prune.latency.api import latency_plans
+    from deploy_prune.latency.place import Place
     from deploy_prune.methods import search
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline import run_recipe

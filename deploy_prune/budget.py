@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Budget = Literal["sparsity", "params", "macs", "bytes"]
 BUDGETS: tuple[str, ...] = get_args(Budget)
+# What has to be measured on a runtime (deploy_prune/latency): milliseconds, and times as fast as the dense model.
+Measured = Literal["latency", "speedup"]
+MEASURED: tuple[str, ...] = get_args(Measured)
 BYTES_PER_PARAMETER = 4  # compact models are stored in fp32
 
 # How many units of each kind every site keeps: {"blocks.3.attn": {HEAD: 2}}.

@@ -15,6 +15,7 @@ from deploy_prune.budget import BUDGETS, BYTES_PER_PARAMETER, Budget, CostModel
 from deploy_prune.errors import ArtifactError, BudgetError, UsageError, did_you_mean
 from deploy_prune.files import atomic_file, existing_file
 from deploy_prune.plan import Costs, PrunePlan, Target, plan_from_units
+from deploy_prune.slots import by_slot, rank_in_lane
 from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, site_from_json, site_to_json, unit_key
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class SolutionPath:
         Raises UsageError for a target outside its range, BudgetError naming the best reachable.
         """
         value = self._check_target(sparsity, budget, value, align)
-        chosen = self._check_kinds(kinds)
+        chosen = self.kinds(kinds)
         units = _Units.of(self.sites, self.costs, chosen)
         score = np.concatenate(
             [np.sort(self.scores[key])[:: s.lanes(k)] for (s, k), key in zip(units.groups, units.keys, strict=True)]
@@ -162,6 +163,14 @@ class SolutionPath:
             Target(budget=budget, value=value, kinds=tuple(k.value for k in chosen), align=align),
             costs_after(low),
         )
+
+    def plan_keeping(self, counts: Mapping[str, Mapping[UnitKind, int]], asked: Target) -> PrunePlan:
+        """The plan under which every site keeps so many units of each kind (qk, vo: in every kept head), the last of
+        them to leave along the path; for choices between sites that are made elsewhere."""
+        units = _Units.of(self.sites, self.costs, None)
+        kept = np.array([counts[site.name][kind] for site, kind in units.groups], np.int64)
+        kinds = self.kinds(asked.kinds)
+        return self._cut(kept, units, asked, self._costs(kept, units, kinds, self.costs.prunable(self.sites, kinds)))
 
     def _cut(self, counts: NDArray[np.int64], units: _Units, asked: Target, achieved: Costs) -> PrunePlan:
         """The plan that keeps the last `counts` slots of every group to leave."""
@@ -245,7 +254,8 @@ class SolutionPath:
             )
         return float(value * dense if value < 1 else value)
 
-    def _check_kinds(self, kinds: Sequence[str] | None) -> tuple[UnitKind, ...]:
+    def kinds(self, kinds: Sequence[str] | None = None) -> tuple[UnitKind, ...]:
+        """The kinds of units that are named, in model order; all by default. Raises UsageError."""
         have = tuple(dict.fromkeys(k for _, k in groups(self.sites)))
         if kinds is None:
             return have
@@ -369,17 +379,6 @@ class _Units:
             np.array([0 if k is s.vanishing_kind else 1 for s, k in found]),
             np.array([0 if k is UnitKind.HEAD else width[k](s) // s.counts[k] if k in width else 1 for s, k in found]),
         )
-
-
-def rank_in_lane(values: NDArray[np.float64], lanes: int) -> NDArray[np.int64]:
-    """Rank of every unit among those of its head, 0 for the smallest; ties by index."""
-    rows = values.reshape(lanes, -1)
-    return np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable").reshape(-1)
-
-
-def by_slot(values: NDArray[np.float64], rank: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Importance of every slot: the sum over heads of their units of equal rank."""
-    return np.asarray(np.bincount(rank, weights=values), dtype=np.float64)
 
 
 def _basis_of(tensors: Mapping[str, NDArray[Any]]) -> Basis | None:

@@ -32,7 +32,7 @@ class Target(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    budget: Literal["sparsity", "params", "macs", "bytes"]
+    budget: Literal["sparsity", "params", "macs", "bytes", "latency", "speedup"]
     value: float
     kinds: tuple[str, ...]
     align: int

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from deploy_prune.budget import MEASURED
 from deploy_prune.dynamic.options import DynamicOptions
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_text import expand, explain, override, parse
@@ -64,17 +65,31 @@ class ComputePart(Part):
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
 
 
+class LatencyPart(Part):
+    """Where a latency budget is measured: runtime, examples per call, tokens per example (null: 128 where the model
+    takes a sequence), CPU threads (null: every core), and about how long each graph is timed."""
+
+    runtime: str = "ort-cpu"
+    batch: Count = 1
+    seq: Count | None = None
+    threads: Count | None = None
+    seconds: Positive = 1.0
+
+
 class FamilyPart(Part):
     """Which members are cut: `sparsities: [0.1, 0.3]`, or `budget: macs` with `targets: [0.5, 4.0e8]`.
 
-    A target below 1 is a share of the dense model, otherwise an absolute number.
+    A target below 1 is a share of the dense model, otherwise an absolute number. `budget: latency` takes milliseconds
+    per call, `budget: speedup` times as fast as dense, both as measured under `latency`. `align` null is 8 for these
+    two, else 1.
     """
 
     sparsities: list[Share] | None = None
-    budget: Literal["sparsity", "params", "macs", "bytes"] = "sparsity"
+    budget: Literal["sparsity", "params", "macs", "bytes", "latency", "speedup"] = "sparsity"
     targets: list[Positive] | None = None
     kinds: list[Literal["head", "neuron", "qk", "vo"]] | None = None
-    align: Count = 1
+    align: Count | None = None
+    latency: LatencyPart = LatencyPart()
 
     @model_validator(mode="after")
     def _one_list_of_targets(self) -> FamilyPart:
@@ -88,6 +103,8 @@ class FamilyPart(Part):
             raise ValueError(f"`sparsities` are given but `budget` is {self.budget}; use `targets`")
         if self.budget == "sparsity" and any(not 0 < value < 1 for value in self.values):
             raise ValueError("expected sparsities between 0 and 1, both excluded")
+        if self.budget == "speedup" and any(value <= 1 for value in self.values):
+            raise ValueError("expected speed-ups above 1: 2 is half the dense model's time")
         names = self.member_names()
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two members would be called {', '.join(doubled)}; choose targets further apart")
@@ -97,10 +114,18 @@ class FamilyPart(Part):
     def values(self) -> list[float]:
         """The targets, largest model first."""
         given = self.sparsities if self.sparsities is not None else self.targets or []
-        return sorted(given, reverse=self.budget != "sparsity")
+        return sorted(given, reverse=self.budget not in ("sparsity", "speedup"))
+
+    @property
+    def alignment(self) -> int:
+        return self.align or (8 if self.budget in MEASURED else 1)
 
     def member_names(self) -> list[str]:
-        """`s30` for a sparsity of 0.3, `macs50` for half the MACs, `bytes8000000` for an absolute target."""
+        """`s30` for a sparsity of 0.3, `macs50` for half the MACs, `bytes8000000` for an absolute target, `2p5ms` for a
+        latency, `2x` for a speed-up."""
+        if self.budget in MEASURED:
+            unit = "ms" if self.budget == "latency" else "x"
+            return [f"{value:.6g}".replace(".", "p") + unit for value in self.values]
         letter = "s" if self.budget == "sparsity" else self.budget
         return [f"{letter}{_figure(value)}" for value in self.values]
 

@@ -43,6 +43,13 @@ def test_a_minimal_recipe_is_named_after_its_file_and_orders_members_from_large_
     assert recipe.family.member_names() == ["s30", "s50"]
 
 
+def test_members_of_a_measured_budget_are_named_by_it_aligned_and_largest_first() -> None:
+    for budget, targets, names in (("latency", [0.8, 2.5], ["2p5ms", "0p8ms"]), ("speedup", [2, 1.5], ["1p5x", "2x"])):
+        family = recipe_from({**MINIMAL, "name": "x", "family": {"budget": budget, "targets": targets}}).family
+        assert family.member_names() == names and family.alignment == 8
+    assert recipe_from({**MINIMAL, "name": "x", "family": {"sparsities": [0.3]}}).family.alignment == 1
+
+
 def test_members_of_other_budgets_are_ordered_and_named_by_their_target() -> None:
     recipe = recipe_from({**MINIMAL, "name": "x", "family": {"budget": "macs", "targets": [0.25, 4e8, 0.125]}})
     assert recipe.family.values == [4e8, 0.25, 0.125]
@@ -81,6 +88,7 @@ def test_sparsity_outside_the_open_unit_interval_is_refused(written: Any, sparsi
         ({"sparsities": [0.3], "budget": "macs"}, "use `targets`"),
         ({"targets": [2.0]}, "between 0 and 1"),
         ({"targets": [-1.0], "budget": "macs"}, "greater than 0"),
+        ({"targets": [0.5], "budget": "speedup"}, "speed-ups above 1"),
         ({"sparsities": [0.3], "kinds": ["heads"]}, "'head'"),
     ],
 )

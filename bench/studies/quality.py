@@ -74,7 +74,7 @@ def main(
         seconds[method] = time.monotonic() - start
         for group in kinds:
             for sparsity in sparsities:
-                plan = path.plan(sparsity, kinds=group.split(","), align=setup.recipe.family.align)
+                plan = path.plan(sparsity, kinds=group.split(","), align=setup.recipe.family.alignment)
                 row = judge(setup, cut(setup, path, plan, moments))
                 assert plan.achieved is not None
                 row |= {"method": method, "kinds": group, "asked": sparsity, **plan.achieved.model_dump()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploy_prune.budget import MEASURED
 from deploy_prune.cli import console
 from deploy_prune.cli.run import report_bundle, resume_options
 from deploy_prune.errors import UsageError
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.workspace import Mode
 
-BUDGETS = ("sparsity", "params", "macs", "bytes")
+# Option -> budget of the recipe.
+BUDGETS = {
+    "sparsity": "sparsity",
+    "params": "params",
+    "macs": "macs",
+    "bytes": "bytes",
+    "latency-ms": "latency",
+    "speedup": "speedup",
+}
 
 
 def _targets(command: Any) -> Any:
@@ -24,9 +33,11 @@ def _targets(command: Any) -> Any:
         "params": "Parameters that may remain; below 1 a share of the dense model's.",
         "macs": "Multiply-accumulates that may remain; below 1 a share of the dense model's.",
         "bytes": "Bytes of weights that may remain; below 1 a share of the dense model's.",
+        "latency-ms": "Milliseconds per call, measured here on --runtime at --batch and --seq.",
+        "speedup": "Times as fast as the dense model, measured in the same way: 1.5,2",
     }
-    for budget in reversed(BUDGETS):
-        command = click.option(f"--{budget}", metavar="X,...", help=meaning[budget])(command)
+    for option in reversed(BUDGETS):
+        command = click.option(f"--{option}", BUDGETS[option], metavar="X,...", help=meaning[option])(command)
     return command
 
 
@@ -34,7 +45,13 @@ def _targets(command: Any) -> Any:
 @click.argument("path", type=click.Path(path_type=Path))
 @_targets
 @click.option("--kinds", metavar="KIND,...", help="Only units of these kinds: head, qk, vo, neuron.  [default: all]")
-@click.option("--align", type=click.IntRange(1), default=1, show_default=True, help="Widths at a multiple of this.")
+@click.option("--align", type=click.IntRange(1), help="Widths at a multiple of this.  [default: 8 by latency, else 1]")
+@click.option("--runtime", metavar="NAME", help="Where latency is measured and, by default, timed.  [default: ort-cpu]")
+@click.option("--batch", type=click.IntRange(1), help="Examples per call there.  [default: 1]")
+@click.option(
+    "--seq", type=click.IntRange(1), help="Tokens per example there, where a model takes them. [default: 128]"
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads there.  [default: every physical core]")
 @click.option("--model", help="Model reference, where it is not the path's own; its weights must be the same.")
 @click.option("--data", help="Calibration data for the refit, where it is not the path's own.")
 @click.option("--eval", "evaluation", help="Evaluation data, where it is not the path's own.")
@@ -48,7 +65,11 @@ def _targets(command: Any) -> Any:
 def command(
     path: Path,
     kinds: str | None,
-    align: int,
+    align: int | None,
+    runtime: str | None,
+    batch: int | None,
+    seq: int | None,
+    threads: int | None,
     model: str | None,
     data: str | None,
     evaluation: str | None,
@@ -63,7 +84,8 @@ def command(
 ) -> None:
     """Cut members from PATH, the file that `search` wrote, or a bundle's path.safetensors.
 
-    Nothing is searched again: each member takes seconds.
+    Nothing is searched again: each member takes seconds. By latency, what a site costs at each width is measured on
+    the runtime first, once for a model's shape and a machine; that takes minutes.
     """
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline import run_recipe
@@ -71,7 +93,8 @@ def command(
 
     loaded = SolutionPath.load(path)
     family = {**_family(targets), "kinds": kinds.split(",") if kinds else None, "align": align}
-    described = recipe_of(loaded, family)
+    place = {"runtime": runtime, "batch": batch, "seq": seq, "threads": threads}
+    described = recipe_of(loaded, family) | _place(family, {k: v for k, v in place.items() if v is not None})
     changes = [
         f"{key}={value}"
         for key, value in (("model", model), ("task.calibration", data), ("task.evaluation", evaluation))
@@ -116,13 +139,31 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _place(family: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+    """Where latency is measured, and the members are timed. Raises UsageError when that is said of another budget."""
+    if family["budget"] in MEASURED:
+        lists = {"runtime": "runtimes", "batch": "batch", "seq": "seq"}
+        bench = {name: [place[key]] for key, name in lists.items() if key in place}
+        threads = {key: place[key] for key in ("threads",) if key in place}
+        return {"family": {**family, "latency": place}, "bench": {**bench, **threads}}
+    if place:
+        raise UsageError(
+            "--runtime, --batch, --seq and --threads belong to --latency-ms and --speedup",
+            got=", ".join(f"--{name}" for name in place),
+            remedy="What is timed afterwards: --set bench.runtimes=ort-cpu --set bench.batch=1,8",
+        )
+    return {}
+
+
 def _family(targets: dict[str, str | None]) -> dict[str, Any]:
     given = {budget: text for budget, text in targets.items() if text is not None}
     if len(given) != 1:
-        raise click.UsageError(f"Give one of {', '.join('--' + budget for budget in BUDGETS)}.")
+        raise click.UsageError(f"Give one of {', '.join('--' + option for option in BUDGETS)}.")
     ((budget, text),) = given.items()
+    parts = [part.strip().removesuffix("x") if budget == "speedup" else part for part in text.split(",")]
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [float(part) for part in parts]
     except ValueError:
-        raise UsageError(f"--{budget} takes numbers separated by commas", expected=".3,.5", got=text) from None
+        option = next(option for option, name in BUDGETS.items() if name == budget)
+        raise UsageError(f"--{option} takes numbers separated by commas", expected=".3,.5", got=text) from None
     return {"budget": budget, "targets": values}

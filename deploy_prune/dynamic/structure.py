@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploy_prune.path import SolutionPath, rank_in_lane
+from deploy_prune.path import SolutionPath
 from deploy_prune.plan import PrunePlan, Target
+from deploy_prune.slots import rank_in_lane
 from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, unit_key
 
 if TYPE_CHECKING:

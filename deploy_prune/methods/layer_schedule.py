@@ -19,7 +19,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.methods.base import Context, Importance, Options
 from deploy_prune.methods.layer_ratios import leaving_order, normalised
 from deploy_prune.methods.site_importance import SiteMeasure, site_importance
-from deploy_prune.path import by_slot, rank_in_lane
+from deploy_prune.slots import by_slot, rank_in_lane
 from deploy_prune.units import Site, UnitKind, unit_key
 
 if TYPE_CHECKING:

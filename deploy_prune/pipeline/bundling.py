@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
+from deploy_prune.pipeline.choosing import CURVE, FITS, TABLE
 from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
@@ -51,6 +52,7 @@ def assemble(
     models: Mapping[str, Stage],
     timed: Stage | None,
     seconds: Mapping[str, float],
+    chosen: Stage | None = None,
 ) -> None:
     """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's."""
     from bench.environment import environment, package_versions
@@ -64,7 +66,11 @@ def assemble(
     cells = _place_bench(bundle, timed)
     latency = latency_entries(cells)
     path = SolutionPath.load(searched.directory / PATH)
-    members = [_member(bundle, setup, name, stage, path, latency.get(name, [])) for name, stage in models.items()]
+    fits = _place_choice(bundle, chosen)
+    members = [
+        _member(bundle, setup, name, stage, path, latency.get(name, []), fits.get(name))
+        for name, stage in models.items()
+    ]
     signature = setup.task.signature.describe()
     data = {"calibration": portable["task"]["calibration"], "evaluation": portable["task"]["evaluation"]}
     finish(
@@ -88,7 +94,9 @@ def assemble(
     )
 
 
-def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionPath, latency: list[Any]) -> Member:
+def _member(
+    bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionPath, latency: list[Any], fit: Any
+) -> Member:
     from deploy_prune.plan import PrunePlan
     from deploy_prune.release.bundle import member_from
     from deploy_prune.release.manifest import SamplesEntry
@@ -117,6 +125,7 @@ def _member(bundle: Path, setup: Setup, name: str, stage: Stage, path: SolutionP
         parity=facts["parity"],
         samples=SamplesEntry(file=samples, tolerance=setup.recipe.parity.tolerance),
         latency=latency,
+        latency_fit=fit,
         seconds=facts["seconds"],
     )
 
@@ -138,6 +147,16 @@ def _place_bench(bundle: Path, timed: Stage | None) -> list[dict[str, Any]]:
         raw = file.name.replace(".cell.json", ".samples.json")
         _link(bundle, f"bench/{raw}", timed.directory / raw)
     return cells
+
+
+def _place_choice(bundle: Path, chosen: Stage | None) -> dict[str, Any]:
+    """Put the latency table and the losses into the bundle; returns every member's fit."""
+    if chosen is None:
+        return {}
+    for file in (TABLE, CURVE):
+        _link(bundle, f"bench/latency-{file}", chosen.directory / file)
+    fits: dict[str, Any] = read_json(chosen.directory / FITS)
+    return fits
 
 
 def _dense_costs(path: SolutionPath) -> Costs:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune.budget import MEASURED
 from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
 from deploy_prune.pipeline.setup import check_names, local_data
@@ -99,6 +100,10 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     stages = [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
     if recipe.refit.enabled:
         stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
+    if recipe.family.budget in MEASURED:
+        place = recipe.family.latency
+        at = f"batch {place.batch}" + (f", sequence {place.seq}" if place.seq else "")
+        stages.append(f"latency: table of the sites on {place.runtime}, {at}; losses along the path; plans, measured")
     cut = "plan, refit, cut" if recipe.refit.enabled else "plan, cut"
     stages.append("dense: export, parity, quality")
     if recipe.recover.enabled:
@@ -189,7 +194,10 @@ def _absent_runtimes(recipe: Recipe) -> list[str]:
     from bench.runtimes import get_runtime
 
     absent = []
-    for name in recipe.bench.runtimes if recipe.bench.enabled else ["ort-cpu"]:
+    wanted = list(recipe.bench.runtimes) if recipe.bench.enabled else ["ort-cpu"]
+    if recipe.family.budget in MEASURED:
+        wanted.append(recipe.family.latency.runtime)
+    for name in dict.fromkeys(wanted):
         try:
             get_runtime(name)
         except DeployPruneError as error:

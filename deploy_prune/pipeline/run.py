@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune import distributed
+from deploy_prune.budget import MEASURED
 from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import choosing, stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
@@ -26,6 +27,7 @@ from deploy_prune.pipeline.workspace import (
     refuse_foreign,
     work_directory,
 )
+from deploy_prune.plan import dense_plan
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recipe import Recipe
 from deploy_prune.saved_state import SavedState
@@ -74,14 +76,15 @@ def run_recipe(
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
         dense = dense_stage(workspace, setup)
-        members = member_stages(workspace, setup, searched, moments, dense)
+        chosen = choosing_stage(workspace, setup, searched, moments)
+        members = member_stages(workspace, setup, searched, moments, dense, chosen)
         timed = bench_stage(workspace, setup, dense, members)
         models = {stages.DENSE: dense, **members}
-        made = [stage for stage in (searched, *models.values(), timed) if stage is not None]
+        made = [stage for stage in (searched, chosen, *models.values(), timed) if stage is not None]
         bundle = workspace.stage(
             "bundle",
             {"run": wanted, "parts": [stage.fingerprint for stage in made]},
-            lambda directory: assemble(directory, setup, wanted, searched, models, timed, workspace.seconds),
+            lambda directory: assemble(directory, setup, wanted, searched, models, timed, workspace.seconds, chosen),
         )
         workspace.finish(bundle)
     return Outcome(out)
@@ -110,6 +113,8 @@ def check_runtimes(recipe: Recipe) -> None:
     if recipe.bench.enabled:
         for name in recipe.bench.runtimes:
             get_runtime(name)
+    if recipe.family.budget in MEASURED:
+        get_runtime(recipe.family.latency.runtime)
 
 
 def _check_lengths(setup: Setup) -> None:
@@ -174,8 +179,37 @@ def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
     return workspace.stage("dense", {**setup.identity, **_parts(setup, "export", "parity", "quality")}, work)
 
 
+def choosing_stage(workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None) -> Stage | None:
+    """The plans of a latency budget, with the table they were chosen by and what was measured of them; None for budgets
+    that need no measurement."""
+    if not choosing.is_measured(setup):
+        return None
+    from bench.environment import environment
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.refitting import load_moments
+
+    def work(directory: Path) -> None:
+        path = SolutionPath.load(searched.directory / PATH)
+        loaded = None if moments is None else load_moments(moments.directory / MOMENTS)
+        choosing.choose_members(setup, path, loaded, directory, workspace.note)
+
+    place = environment()
+    inputs = {
+        "path": searched.fingerprint,
+        "moments": moments.fingerprint if moments else None,
+        "machine": {"cpu": place["cpu"], "gpus": place["gpus"], "packages": place["packages"]},
+        **_parts(setup, "family", "refit", "export"),
+    }
+    return workspace.stage("latency", inputs, work)
+
+
 def member_stages(
-    workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None, dense: Stage
+    workspace: Workspace,
+    setup: Setup,
+    searched: Stage,
+    moments: Stage | None,
+    dense: Stage,
+    chosen: Stage | None = None,
 ) -> dict[str, Stage]:
     """One stage per member. All plans are made first, so that a target out of reach is known before any work."""
     from deploy_prune.path import SolutionPath
@@ -183,7 +217,7 @@ def member_stages(
     from deploy_prune.refitting import load_moments
 
     path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
-    plans = checked_plans(setup, path)
+    plans = checked_plans(setup, path) if chosen is None else distributed.from_main(lambda: _chosen(chosen))
     unread = stages.unread_bytes(setup, distributed.from_main(lambda: read_json(dense.directory / FACTS))["export"])
 
     @cache
@@ -263,11 +297,19 @@ def training_stage(
 
 
 def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
-    """The plan of every member. Raises PlanError when the path is of other weights, BudgetError out of reach."""
+    """The plan of every member. Raises PlanError when the path is of other weights, BudgetError out of reach. Of a
+    latency budget there are none yet; the path is checked all the same."""
+    if choosing.is_measured(setup):
+        dense_plan(path.model, path.weights_sha256, path.sites).validate_for(setup.sites, setup.weights_sha256)
+        return {}
     plans = stages.plans_of(setup, path)
     for name, plan in plans.items():
         plan.validate_for(setup.sites, setup.weights_sha256, where=f"plan {name}")
     return plans
+
+
+def _chosen(stage: Stage) -> dict[str, PrunePlan]:
+    return choosing.chosen_plans(stage.directory)
 
 
 def bench_stage(workspace: Workspace, setup: Setup, dense: Stage, members: dict[str, Stage]) -> Stage | None:

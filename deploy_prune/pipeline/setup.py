@@ -115,11 +115,10 @@ def check_names(recipe: Recipe) -> None:
                 check_fits(training, task_class(recipe.task.name))
             except UsageError as error:
                 problems += [f"{part}.{problem}" for problem in error.problems]
-    for index, runtime in enumerate(recipe.bench.runtimes):
+    asked = [(f"bench.runtimes[{index}]", runtime) for index, runtime in enumerate(recipe.bench.runtimes)]
+    for key, runtime in [*asked, ("family.latency.runtime", recipe.family.latency.runtime)]:
         if runtime not in RUNTIMES:
-            problems.append(
-                f"bench.runtimes[{index}]: unknown runtime {runtime!r}. {did_you_mean(runtime, list(RUNTIMES))}"
-            )
+            problems.append(f"{key}: unknown runtime {runtime!r}. {did_you_mean(runtime, list(RUNTIMES))}")
     if problems:
         noun = "unknown name" if len(problems) == 1 else "unknown names"
         raise UsageError(f"{len(problems)} {noun}", where=f"recipe {recipe.name}", problems=problems, remedy=remedy)

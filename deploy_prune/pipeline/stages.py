@@ -167,8 +167,9 @@ def emphasis_of(setup: Setup) -> dict[str, Any]:
 def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
     """Name -> plan of every member, largest first. Raises BudgetError for a target no plan of the path reaches."""
     family = setup.recipe.family
+    assert family.budget != "latency" and family.budget != "speedup"  # pipeline/choosing.py makes those
     return {
-        name: path.plan(budget=family.budget, value=value, kinds=family.kinds, align=family.align)
+        name: path.plan(budget=family.budget, value=value, kinds=family.kinds, align=family.alignment)
         for name, value in zip(family.member_names(), family.values, strict=True)
     }
 

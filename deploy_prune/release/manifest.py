@@ -97,6 +97,28 @@ class LatencyEntry(_Part):
     trusted: bool
 
 
+class LatencyFitEntry(_Part):
+    """How a member chosen by latency fits what was asked: the limit, what the table predicted (`uncorrected_ms`), that
+    corrected by a first check, and what the whole graph took beside the dense model, milliseconds per call. `met`:
+    within 3 % of the limit. `corrected`: the plan was chosen a second time after a first check."""
+
+    runtime: Name
+    threads: Count | None
+    batch: Count
+    sequence: Count | None = None
+    budget: Literal["latency", "speedup"]
+    value: float
+    limit_ms: float
+    predicted_ms: float
+    uncorrected_ms: float
+    measured_ms: float
+    dense_ms: float
+    ratio: RatioEntry
+    corrected: bool
+    trusted: bool
+    met: bool
+
+
 class SamplesEntry(_Part):
     """Stored inputs with the torch model's outputs; the ONNX file must give them within `tolerance`."""
 
@@ -146,6 +168,7 @@ class Member(_Part):
     parity: dict[str, Any]
     samples: SamplesEntry
     latency: list[LatencyEntry] = []
+    latency_fit: LatencyFitEntry | None = None
     audit: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clockwork import by_size
 
 from deploy_prune.cli.main import run_command
 from deploy_prune.path import SolutionPath
@@ -157,6 +158,43 @@ def test_export_cuts_another_budget_from_the_path_of_a_bundle(
     dense, member = json.loads(capsys.readouterr().out)["members"]
     assert member["name"] == "macs60" and member["macs"] <= 0.6 * dense["macs"]
     assert (out / "path.safetensors").read_bytes() == (bundle / "path.safetensors").read_bytes()
+
+
+def test_export_at_a_speedup_says_what_was_asked_predicted_and_measured(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deploy_prune.latency.place.Place.time", by_size)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "fast"
+    asked = ["--speedup", "1.2x", "--batch", "4", "--threads", "1", "--kinds", "neuron", "--no-bench"]
+    quick = ["--set", "refit.examples=200", "--set", "quality.limit=100", "-o", str(out)]
+    assert run_command(["-q", "export", str(bundle / "path.safetensors"), *asked, *quick]) == 0
+    fit = Manifest.load(out / "manifest.json").members[1].latency_fit
+    assert fit is not None
+    assert (fit.runtime, fit.threads, fit.batch, fit.budget, fit.value) == ("ort-cpu", 1, 4, "speedup", 1.2)
+    assert fit.met and fit.measured_ms <= 1.03 * fit.dense_ms / 1.2
+    assert fit.measured_ms == pytest.approx(fit.predicted_ms, rel=0.05)
+    plan = PrunePlan.load(out / "plans" / "1p2x.json")
+    assert plan.asked is not None and (plan.asked.budget, plan.asked.align) == ("speedup", 8)
+    assert all(len(kept["neuron"]) % 8 == 0 for site, kept in plan.keep.items() if "neuron" in kept)
+    assert (out / "bench" / "latency-table.json").is_file()
+    assert run_command(["-q", "verify", str(out)]) == 0
+    capsys.readouterr()
+    beyond = ["--speedup", "1000", "--kinds", "neuron", "--no-bench", "-o", str(tmp_path / "beyond")]
+    assert (
+        run_command(["-q", "export", str(bundle / "path.safetensors"), "--batch", "4", "--threads", "1", *beyond]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "best reachable" in said and "outside the sites" in said
+    assert not (tmp_path / "beyond").exists()
+
+
+def test_where_latency_is_measured_is_refused_for_other_budgets(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(bundle / "path.safetensors")
+    assert run_command(["-q", "export", path, "--macs", ".5", "--batch", "8", "-o", str(tmp_path / "o")]) == 2
+    assert "--batch" in capsys.readouterr().err
 
 
 def test_export_with_other_weights_than_the_path_was_searched_on_is_refused(

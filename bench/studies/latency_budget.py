@@ -1,0 +1,272 @@
+"""Does choosing by measured latency keep more quality than choosing by MACs, at equal measured latency?
+
+    python -m bench.studies.latency_budget vit-tiny-imagenet --batch 8 --out bench/results/latency_budget_vit_tiny.json
+
+For every speed-up: the plan that the latency budget chooses, and the plan of a MAC budget along the same path, whose
+target is moved until it is measured as fast. Both are refitted, nothing is trained; both are judged on the recipe's
+evaluation data by metric, by the task's loss and by the distance to the dense model's outputs, with paired intervals.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from bench.latency_table import LatencyTable
+    from bench.report import LatencyReport
+    from deploy_prune.latency.place import Place
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.setup import Setup
+    from deploy_prune.plan import PrunePlan
+
+SPEEDUPS = (1.25, 1.5, 2.0)
+ROUNDS = 60  # of the last measurement, on which the comparison rests
+CORRECTIONS = 2  # of the MAC target, towards equal measured latency
+
+
+@click.command(help=__doc__)
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
+@click.option("--path", "file", type=click.Path(path_type=Path), help="A path searched before, of the same weights.")
+@click.option("--speedup", "speedups", type=float, multiple=True, default=SPEEDUPS, show_default=True)
+@click.option("--runtime", default="ort-cpu", show_default=True)
+@click.option("--batch", type=int, default=8, show_default=True)
+@click.option("--seq", type=int)
+@click.option("--threads", type=int)
+@click.option("--align", type=int, default=8, show_default=True, help="Of both budgets.")
+@click.option("--limit", type=int, help="Rows of evaluation data.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the figures here as JSON.")
+def main(
+    recipe: str,
+    overrides: tuple[str, ...],
+    file: Path | None,
+    speedups: tuple[float, ...],
+    runtime: str,
+    batch: int,
+    seq: int | None,
+    threads: int | None,
+    align: int,
+    limit: int | None,
+    out: Path,
+) -> None:
+    from bench.environment import environment
+    from deploy_prune.cli import console
+    from deploy_prune.files import write_json
+    from deploy_prune.gguf import cache_root
+    from deploy_prune.latency.fitting import Search, fit_plans
+    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.measure import latency_table
+    from deploy_prune.latency.place import Place
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline import stages
+    from deploy_prune.pipeline.choosing import losses_of
+    from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.recipe import load_recipe
+
+    setup = prepare(load_recipe(recipe, list(overrides)))
+    path = SolutionPath.load(file) if file else stages.find_path(setup)
+    moments = stages.moments_of(setup)
+    place = Place(runtime, batch, seq, threads)
+    progress = console.progress()
+
+    def export(model: nn.Module, onnx: Path) -> Any:
+        return stages.export(setup, model, onnx, onnx.stem)
+
+    table = latency_table(
+        setup.model,
+        setup.sites,
+        path.costs,
+        place,
+        export,
+        align=align,
+        cache=cache_root() / "latency",
+        progress=progress,
+    )
+    curve = loss_curve(path, losses_of(setup, path, moments), progress=progress)
+    search = Search(path, table, curve, place, tuple(kind.value for kind in path.kinds()), align)
+    plans, fits = fit_plans(
+        search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=progress
+    )
+    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
+        rivals, report = rivals_of(setup, path, table, place, plans, export, align, Path(scratch))
+    judged = judge_all(setup, path, moments, {**by_latency(plans), **by_macs(rivals)}, limit)
+    result = {
+        "recipe": setup.recipe.name,
+        "model": setup.recipe.portable()["model"],
+        "path": {"method": path.method, "options": dict(path.options)},
+        "table": table.to_json(),
+        "losses": curve.to_json(),
+        "fits": {name: fit.to_json() for name, fit in fits.items()},
+        "timed": report.to_json(),
+        "quality": judged["figures"],
+        "pairs": [pair(report, judged["rows"], name, plans[name], rivals[name]) for name in plans],
+        "align": align,
+        "environment": environment(),
+    }
+    write_json(out, result)
+    for row in result["pairs"]:
+        click.echo(
+            f"{row['target']:6} MACs {row['macs']['latency']:,} and {row['macs']['macs']:,}; "
+            f"time of the MAC plan over ours {row['time']['value']:.3f}; metric {row['metric']['latency']:.4f} and "
+            f"{row['metric']['macs']:.4f}; loss {row['loss']['latency']:.4f} and {row['loss']['macs']:.4f} "
+            f"(difference {row['loss']['difference']:+.4f} [{row['loss']['low']:+.4f}, {row['loss']['high']:+.4f}])"
+        )
+
+
+def by_latency(plans: Mapping[str, PrunePlan]) -> dict[str, PrunePlan]:
+    return {f"{name} latency": plan for name, plan in plans.items()}
+
+
+def by_macs(plans: Mapping[str, PrunePlan]) -> dict[str, PrunePlan]:
+    return {f"{name} macs": plan for name, plan in plans.items()}
+
+
+def rivals_of(
+    setup: Setup,
+    path: SolutionPath,
+    table: LatencyTable,
+    place: Place,
+    plans: Mapping[str, PrunePlan],
+    export: Callable[[nn.Module, Path], Any],
+    align: int,
+    directory: Path,
+) -> tuple[dict[str, PrunePlan], LatencyReport]:
+    """MAC-budget plans measured as fast as `plans`, and the measurement of all of them beside the dense model."""
+    from converters.surgery import compact
+
+    def write(name: str, model: nn.Module) -> Path:
+        export(model, directory / f"{name}.onnx")
+        return directory / f"{name}.onnx"
+
+    files = {"dense": write("dense", setup.model)}
+    for name, plan in by_latency(plans).items():
+        files[name] = write(name, compact(setup.model, plan, check_weights=False))
+    wanted = {name: table.plan_ms(plan.counts(path.sites)) for name, plan in plans.items()}
+    rivals: dict[str, PrunePlan] = {}
+    for correction in range(CORRECTIONS + 1):
+        rivals = {name: mac_plan(path, table, ms, align) for name, ms in wanted.items()}
+        for name, plan in by_macs(rivals).items():
+            files[name] = write(name, compact(setup.model, plan, check_weights=False))
+        last = correction == CORRECTIONS
+        report = place.time(files, seed=correction, min_rounds=ROUNDS if last else 30)
+        if not last:
+            for name in plans:
+                wanted[name] *= report[f"{name} latency"].ratio.value / report[f"{name} macs"].ratio.value
+    return rivals, report
+
+
+def mac_plan(path: SolutionPath, table: LatencyTable, ms: float, align: int) -> PrunePlan:
+    """The largest plan of a MAC budget whose predicted latency is at most `ms`."""
+    low, high = 0.02, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        plan = path.plan(budget="macs", value=middle, align=align)
+        low, high = (middle, high) if table.plan_ms(plan.counts(path.sites)) <= ms else (low, middle)
+    return path.plan(budget="macs", value=low, align=align)
+
+
+def judge_all(
+    setup: Setup, path: SolutionPath, moments: Any, plans: Mapping[str, PrunePlan], limit: int | None
+) -> dict[str, Any]:
+    """Metric, loss and distance to dense of every refitted plan on the evaluation data, and their values per row."""
+    import numpy as np
+    import torch
+
+    from converters.surgery import compact
+    from deploy_prune.pipeline import stages
+
+    task = setup.task
+    batches = list(task.evaluation(16, limit))
+
+    def outputs(model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return [task.signature.call(model.eval(), batch.inputs).float() for batch in batches]
+
+    dense = outputs(setup.model)
+    figures: dict[str, Any] = {}
+    rows: dict[str, dict[str, np.ndarray]] = {}
+    for name, plan in {"dense": None, **plans}.items():
+        found = dense
+        if plan is not None:
+            weights = stages.planned_weights(setup, plan, moments, path.basis)
+            found = outputs(compact(weights, plan, inplace=True, check_weights=False))
+        replay = iter(found)
+        quality = task.evaluate(lambda _, replay=replay: next(replay), batches=batches)  # type: ignore[misc]
+        rows[name] = {
+            "metric": np.asarray(quality.per_example, np.float64),
+            "loss": _rows(task.loss(o, b) for o, b in zip(found, batches, strict=True)),
+            "distance": _rows(task.distance(o, d, b) for o, d, b in zip(found, dense, batches, strict=True)),
+        }
+        figures[name] = {
+            **quality.to_json(),
+            "loss": float(rows[name]["loss"].mean()),
+            "distance": float(rows[name]["distance"].mean()),
+        }
+        click.echo(f"{name}: {quality.metric} {quality.value:.4f}, loss {figures[name]['loss']:.4f}", err=True)
+    return {"figures": figures, "rows": rows}
+
+
+def pair(
+    report: LatencyReport,
+    rows: Mapping[str, Mapping[str, np.ndarray]],
+    name: str,
+    ours: PrunePlan,
+    rival: PrunePlan,
+) -> dict[str, Any]:
+    """Both plans of one speed-up beside each other; differences are latency budget minus MAC budget."""
+    from dataclasses import asdict
+
+    from bench.stats import ratio_of_medians
+
+    assert ours.achieved is not None and rival.achieved is not None
+    samples = report.samples
+    a, b = f"{name} latency", f"{name} macs"
+    time = ratio_of_medians(samples.of(b), samples.of(a), sessions=samples.sessions)
+    plans = {"latency": ours.achieved, "macs": rival.achieved}
+    found: dict[str, Any] = {
+        "target": name,
+        "speedup": {"latency": report[a].speedup, "macs": report[b].speedup},
+        "time": asdict(time),
+        "macs": {which: plan.macs for which, plan in plans.items()},
+        "params": {which: plan.params for which, plan in plans.items()},
+    }
+    for figure in ("metric", "loss", "distance"):
+        found[figure] = _difference(rows[a][figure], rows[b][figure])
+    return found
+
+
+def _difference(ours: np.ndarray, rival: np.ndarray) -> dict[str, float]:
+    """Means, their difference and its 95 % interval, a bootstrap over rows."""
+    import numpy as np
+
+    if ours.ndim > 1:
+        return {}
+    each = ours - rival
+    generator = np.random.default_rng(0)
+    means = each[generator.integers(0, len(each), (2000, len(each)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {
+        "latency": float(ours.mean()),
+        "macs": float(rival.mean()),
+        "difference": float(each.mean()),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _rows(parts: Any) -> np.ndarray:
+    import torch
+
+    return torch.cat([part.detach().flatten() for part in parts]).double().numpy()
+
+
+if __name__ == "__main__":
+    main()

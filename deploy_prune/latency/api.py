@@ -1,0 +1,79 @@
+"""The latency budget from Python: one call from a path to plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.budget import Measured
+from deploy_prune.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploy_prune.latency.fitting import Fit
+    from deploy_prune.latency.place import Place
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.refitting import Moments
+    from deploy_prune.tasks import Task
+
+
+def latency_plans(
+    model: nn.Module,
+    task: Task,
+    path: SolutionPath,
+    values: Sequence[float],
+    *,
+    budget: Measured = "speedup",
+    place: Place | None = None,
+    moments: Moments | None = None,
+    kinds: Sequence[str] | None = None,
+    align: int = 8,
+    progress: Progress = SILENT,
+) -> list[tuple[PrunePlan, Fit]]:
+    """A plan for every value, times as fast as dense or (`budget="latency"`) milliseconds, and what was measured of it.
+
+    `place` says where: `Place("ort-cpu", batch=8)`. Give `moments` where the members will be refitted: losses are then
+    those of refitted models. The table of a model and machine is kept in the user's cache. Raises BudgetError for a
+    value out of reach, with the best there is.
+    """
+    from converters.onnx_export import export_onnx
+    from deploy_prune.basis import in_basis
+    from deploy_prune.gguf import cache_root
+    from deploy_prune.latency.distance import distance_of
+    from deploy_prune.latency.fitting import Search, fit_plans
+    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.measure import latency_table
+    from deploy_prune.latency.place import Place
+    from deploy_prune.refitting import refit
+
+    place = place or Place()
+    chosen = path.kinds(kinds)
+
+    def weights_of(plan: PrunePlan) -> nn.Module:
+        if moments is not None:
+            return refit(model, plan, moments, basis=path.basis)
+        return model if path.basis is None else in_basis(model, path.sites, path.basis)
+
+    def export(small: nn.Module, file: Path) -> Any:
+        return export_onnx(small, file, task.signature)
+
+    table = latency_table(
+        model,
+        path.sites,
+        path.costs,
+        place,
+        export,
+        kinds=chosen,
+        align=align,
+        cache=cache_root() / "latency",
+        progress=progress,
+    )
+    curve = loss_curve(path, distance_of(model, path.sites, task, weights_of), kinds=kinds, progress=progress)
+    search = Search(path, table, curve, place, tuple(kind.value for kind in chosen), align)
+    plans, fits = fit_plans(
+        search, {f"{value!r}": (budget, value) for value in values}, model, export, progress=progress
+    )
+    return [(plans[name], fits[name]) for name in plans]

@@ -1,0 +1,63 @@
+"""How far a plan's refitted model is from the dense one: the loss that the latency budget measures along a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from deploy_prune.errors import GateError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.tasks import Task
+    from deploy_prune.units import Site
+
+EXAMPLES = 256  # calibration examples; their distances to the dense model have no noise of labels in them
+
+
+def distance_of(
+    model: nn.Module,
+    sites: Sequence[Site],
+    task: Task,
+    weights_of: Callable[[PrunePlan], nn.Module],
+    *,
+    examples: int = EXAMPLES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Callable[[PrunePlan], float]:
+    """The mean of `task.distance` between `model` and the masked model of a plan, over calibration examples.
+
+    `weights_of` gives a plan's dense-shaped weights, refitted or not. All is computed on the device of `model`. Raises
+    GateError when a plan's outputs are not finite.
+    """
+    import torch
+
+    from deploy_prune.gates import masked
+
+    device = next(model.parameters()).device
+    limit = min(examples, task.calibration_size)
+    batches = [batch.to(device) for batch in task.calibration(batch_size, limit, seed)]
+
+    def outputs(source: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return [task.signature.call(source, batch.inputs).float() for batch in batches]
+
+    dense = outputs(model.eval())
+
+    def distance(plan: PrunePlan) -> float:
+        source = weights_of(plan).to(device).eval()
+        with masked(source, sites, plan):
+            own = outputs(source)
+        each = [task.distance(o, d, b).flatten() for o, d, b in zip(own, dense, batches, strict=True)]
+        mean = float(torch.cat(each).mean())
+        if not mean < float("inf"):
+            raise GateError(
+                "a plan along the path gives outputs that are not finite",
+                where="the losses of the latency budget",
+                remedy="Use more calibration examples or a larger ridge (refit.ridge).",
+            )
+        return mean
+
+    return distance

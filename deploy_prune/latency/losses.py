@@ -1,0 +1,144 @@
+"""What it costs in quality that a site gets narrower: the path's order, and losses measured along the path.
+
+A path says in which order units leave, not what their leaving costs. Units of equal score are equally dispensable per
+parameter (that is how scores are made), so one function of the score is enough: the loss density ρ(s). With ℓ_j the
+measured loss of the path's plan j, and m_j the parameters of the slots that plan j cuts and plan j−1 keeps,
+
+    ρ_j = (ℓ_j − ℓ_{j−1}) / m_j,    made non-decreasing (least squares, weights m_j),
+
+set at the middle of the scores between the two plans and interpolated geometrically. A site that keeps h of H heads
+and cuts slots R then costs  Σ_{heads in R} ρ p + (h/H) Σ_{qk, vo in R} ρ p,  p the parameters of a slot; neurons as
+heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy_prune.budget import Counts
+from deploy_prune.errors import BudgetError
+from deploy_prune.progress import SILENT, Progress
+from deploy_prune.units import PER_HEAD, Site, UnitKind, unit_key
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
+
+SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # where the loss of the path is measured
+_LEAST = 1e-6  # of the largest density: nothing leaves for free
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """ρ: `density` (per parameter) at rising `scores`. `measured` holds (sparsity, loss) of plans it is made from."""
+
+    scores: tuple[float, ...]
+    density: tuple[float, ...]
+    measured: tuple[tuple[float, float], ...] = ()
+
+    def at(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """ρ, constant beyond the first and last knots."""
+        return np.asarray(np.exp(np.interp(scores, self.scores, np.log(self.density))))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "scores": list(self.scores),
+            "density": list(self.density),
+            "measured": [list(m) for m in self.measured],
+        }
+
+
+def loss_curve(
+    path: SolutionPath,
+    loss_of: Callable[[PrunePlan], float],
+    *,
+    kinds: Sequence[str] | None = None,
+    sparsities: Sequence[float] = SPARSITIES,
+    progress: Progress = SILENT,
+) -> LossCurve:
+    """Measure `loss_of` (0 for the dense model) at plans along the path. Raises BudgetError when it reaches none."""
+    measured: list[tuple[float, float, float, float]] = [(0.0, 0.0, 0.0, 0.0)]  # sparsity, threshold, mass, loss
+    progress.start(len(sparsities), "losses along the path")
+    try:
+        for sparsity in sparsities:
+            try:
+                plan = path.plan(sparsity, kinds=kinds)
+            except BudgetError:
+                break
+            counts = plan.counts(path.sites)
+            measured.append((sparsity, _threshold(path, counts), _mass(path, counts), loss_of(plan)))
+            progress.advance(1, f"{sparsity:g}: {measured[-1][-1]:.4g}")
+    finally:
+        progress.finish()
+    if len(measured) == 1:
+        raise BudgetError("no plan of this path reaches any sparsity", expected=f"{sparsities[0]:g}")
+    steps = [
+        ((a[1] + b[1]) / 2, (b[3] - a[3]) / (b[2] - a[2]), b[2] - a[2]) for a, b in pairwise(measured) if b[2] > a[2]
+    ]
+    scores, density, mass = (np.array(part) for part in zip(*steps, strict=True))
+    rising = non_decreasing(density, mass)
+    top = max(float(rising.max()), np.finfo(float).tiny / _LEAST)
+    return LossCurve(
+        tuple(scores.tolist()),
+        tuple(np.maximum(rising, _LEAST * top).tolist()),
+        tuple((m[0], m[3]) for m in measured[1:]),
+    )
+
+
+def slot_losses(path: SolutionPath, site: Site, kind: UnitKind, curve: LossCurve) -> NDArray[np.float64]:
+    """ρ p of the slots of one kind, first to leave first: (counts,)."""
+    scores = np.sort(path.scores[unit_key(site.name, kind)])[:: site.lanes(kind)]
+    return curve.at(scores) * path.costs.unit_params(site, kind)
+
+
+def site_losses(
+    path: SolutionPath, site: Site, widths: NDArray[np.int64], kinds: Sequence[UnitKind], curve: LossCurve
+) -> NDArray[np.float64]:
+    """Loss of every row of `widths` (options, kinds), units kept per kind; the first kind is the vanishing one."""
+    total = np.zeros(len(widths))
+    share = widths[:, 0] / site.counts[kinds[0]]
+    for column, kind in enumerate(kinds):
+        gone = np.concatenate([[0.0], np.cumsum(slot_losses(path, site, kind, curve))])
+        total += (share if kind in PER_HEAD else 1.0) * gone[site.counts[kind] - widths[:, column]]
+    return total
+
+
+def non_decreasing(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The non-decreasing sequence nearest to `values` in weighted least squares (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, wa, na), (b, wb, nb) = pools[-2:]
+            pools[-2:] = [((a * wa + b * wb) / (wa + wb), wa + wb, na + nb)]
+    return np.concatenate([np.full(count, value) for value, _, count in pools])
+
+
+def _threshold(path: SolutionPath, counts: Counts) -> float:
+    """The largest score that has left."""
+    highest = 0.0
+    for site in path.sites:
+        for kind, kept in counts[site.name].items():
+            slots = np.sort(path.scores[unit_key(site.name, kind)])[:: site.lanes(kind)]
+            if kept < len(slots) and (kept or kind is site.vanishing_kind):
+                highest = max(highest, float(slots[len(slots) - kept - 1]))
+    return highest
+
+
+def _mass(path: SolutionPath, counts: Mapping[str, Mapping[UnitKind, int]]) -> float:
+    """Parameters of the slots that are cut: the loss under a density of 1."""
+    even = LossCurve((0.0,), (1.0,))
+    total = 0.0
+    for site in path.sites:
+        kinds = [site.vanishing_kind, *(kind for kind in site.counts if kind is not site.vanishing_kind)]
+        own = counts[site.name]
+        row = np.array([[own[kind] for kind in kinds]])
+        total += float(site_losses(path, site, row, kinds, even)[0])
+    return total

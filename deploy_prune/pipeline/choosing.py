@@ -1,0 +1,103 @@
+"""The stage that chooses the members of a latency budget: table, losses along the path, plans and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.budget import MEASURED
+from deploy_prune.files import read_json, write_json
+from deploy_prune.pipeline import stages
+from deploy_prune.pipeline.setup import Setup
+from deploy_prune.plan import PrunePlan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploy_prune.latency.place import Place
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.refitting import Moments
+
+TABLE, CURVE, FITS, PLANS = "table.json", "losses.json", "fits.json", "plans"
+
+
+def is_measured(setup: Setup) -> bool:
+    """Whether the family's members are chosen by measured latency."""
+    return setup.recipe.family.budget in MEASURED
+
+
+def place_of(setup: Setup) -> Place:
+    from deploy_prune.latency.place import Place
+
+    how = setup.recipe.family.latency
+    return Place(how.runtime, how.batch, how.seq, how.threads, how.seconds)
+
+
+def choose_members(
+    setup: Setup, path: SolutionPath, moments: Moments | None, directory: Path, note: Callable[[str], None]
+) -> None:
+    """Write the plans of all members, how they fit, the table and the losses into `directory`."""
+    from deploy_prune.gguf import cache_root
+    from deploy_prune.latency.fitting import Search, fit_plans
+    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.measure import latency_table
+
+    family, place = setup.recipe.family, place_of(setup)
+    kinds = path.kinds(family.kinds)
+    setup.model.cpu()
+
+    def export(model: nn.Module, file: Path) -> Any:
+        return stages.export(setup, model, file, file.stem)
+
+    table = latency_table(
+        setup.model,
+        setup.sites,
+        path.costs,
+        place,
+        export,
+        kinds=kinds,
+        align=family.alignment,
+        cache=cache_root() / "latency",
+        progress=setup.progress,
+    )
+    table.save(directory / TABLE)
+    curve = loss_curve(path, losses_of(setup, path, moments), kinds=family.kinds, progress=setup.progress)
+    setup.model.cpu()
+    write_json(directory / CURVE, curve.to_json())
+    search = Search(path, table, curve, place, tuple(kind.value for kind in kinds), family.alignment)
+    targets = dict(zip(family.member_names(), ((family.budget, value) for value in family.values), strict=True))
+    plans, fits = fit_plans(search, targets, setup.model, export, progress=setup.progress)  # type: ignore[arg-type]
+    (directory / PLANS).mkdir()
+    for name, plan in plans.items():
+        plan.save(directory / PLANS / f"{name}.json")
+        fit = fits[name]
+        note(
+            f"{name}: {fit.measured:.3f} ms measured, {fit.predicted:.3f} predicted, {fit.limit:.3f} asked, "
+            f"dense {fit.dense:.3f}" + ("" if fit.met else "; the target is MISSED")
+        )
+    where = {"runtime": place.runtime, "threads": place.threads, **table_sizes(table.facts)}
+    write_json(directory / FITS, {name: {**where, **fit.to_json()} for name, fit in fits.items()})
+
+
+def chosen_plans(directory: Path) -> dict[str, PrunePlan]:
+    """Name -> plan of what `choose_members` left, largest first."""
+    return {name: PrunePlan.load(directory / PLANS / f"{name}.json") for name in read_json(directory / FITS)}
+
+
+def table_sizes(facts: Mapping[str, Any]) -> dict[str, int]:
+    return {name: facts[name] for name in ("batch", "sequence") if name in facts}
+
+
+def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Callable[[PrunePlan], float]:
+    """The distance of a plan's refitted model to the dense one on calibration data, nothing trained."""
+    from deploy_prune.latency.distance import distance_of
+
+    return distance_of(
+        setup.model.to(setup.device),
+        setup.sites,
+        setup.task,
+        lambda plan: stages.planned_weights(setup, plan, moments, path.basis),
+        batch_size=setup.recipe.refit.batch_size,
+        seed=setup.recipe.seed,
+    )

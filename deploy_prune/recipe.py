@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from deploy_prune.budget import MEASURED
+from deploy_prune.delta.options import DiffOptions
 from deploy_prune.dynamic.options import DynamicOptions
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_text import expand, explain, override, parse
@@ -142,6 +143,15 @@ class RefitPart(Part):
     batch_size: Count = 32
 
 
+class DiffPart(DiffOptions):
+    """Diff pruning before the search: the task is learned on a frozen model as a sparse difference, and the task's
+    model is what is searched and cut; the bundle holds the delta. `head` names the modules that are the task's own
+    (null: found)."""
+
+    enabled: bool = False
+    head: list[str] | None = None
+
+
 class RecoverPart(RecoverOptions):
     """Training after the cut, taught by the dense model. `progressive`: a member starts from the recovered next larger
     one instead of from the dense model."""
@@ -208,6 +218,7 @@ class Recipe(Part):
     description: str = ""
     model: Annotated[str, Field(min_length=1, description="model reference")]
     task: TaskPart
+    diff: DiffPart = DiffPart()
     search: SearchPart = SearchPart()
     family: FamilyPart
     refit: RefitPart = RefitPart()

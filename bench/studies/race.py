@@ -127,7 +127,10 @@ class Race:
         """Judge the dense model, or take up what `out` holds. Raises UsageError when that is of another race."""
         from bench.environment import environment
         from deploy_prune.budget import CostModel
+        from deploy_prune.errors import UsageError
 
+        if setup.recipe.diff.enabled:
+            raise UsageError("a race is of the recipe's own model", where="recipe key diff", remedy="Leave diff out.")
         example = next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed)))
         costs = CostModel.measure(setup.model, setup.sites, setup.task.signature, example.inputs)
         prunable = costs.prunable(setup.sites)

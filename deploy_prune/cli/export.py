@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
 from deploy_prune.budget import MEASURED
 from deploy_prune.cli import console
 from deploy_prune.cli.run import report_bundle, resume_options
-from deploy_prune.errors import UsageError
+from deploy_prune.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
@@ -95,10 +96,9 @@ def command(
     family = {**_family(targets), "kinds": kinds.split(",") if kinds else None, "align": align}
     place = {"runtime": runtime, "batch": batch, "seq": seq, "threads": threads}
     described = recipe_of(loaded, family) | _place(family, {k: v for k, v in place.items() if v is not None})
+    described["model"] = model or learned_model(loaded, path)
     changes = [
-        f"{key}={value}"
-        for key, value in (("model", model), ("task.calibration", data), ("task.evaluation", evaluation))
-        if value
+        f"{key}={value}" for key, value in (("task.calibration", data), ("task.evaluation", evaluation)) if value
     ]
     changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
@@ -114,11 +114,31 @@ def command(
     report_bundle(outcome, as_json)
 
 
+def learned_model(path: SolutionPath, file: Path) -> str:
+    """The model of a path; with the task delta that lies beside the path's file, where one made it.
+
+    Raises UnavailableError when that is not there.
+    """
+    delta = path.options.get("delta")
+    if delta is None:
+        return path.model
+    beside = file.parent / str(delta)
+    if not beside.is_file():
+        raise UnavailableError(
+            "the path is of a model that a task delta makes, and the delta is not beside it",
+            where=str(beside),
+            remedy="Take both from the bundle, or name the model: --model 'REF?delta=FILE'.",
+        )
+    reference, mark, digest = path.model.partition("#")
+    return f"{reference}{'&' if '?' in reference else '?'}delta={quote(str(beside), safe='/')}{mark}{digest}"
+
+
 def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     """The recipe that a path remembers, with another family. Raises UsageError when it remembers no task."""
     options = dict(path.options)
     task = options.pop("task", None)
-    options.pop("found", None)
+    for noted in ("found", "delta"):
+        options.pop(noted, None)
     if task is None:
         raise UsageError(
             "the path does not say what task it was searched for",

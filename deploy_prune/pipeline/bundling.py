@@ -10,6 +10,7 @@ from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.choosing import CURVE, FITS, TABLE
 from deploy_prune.pipeline.dynamics import APART, HISTORY
+from deploy_prune.pipeline.learning import DELTA, LEARNED
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
 from deploy_prune.pipeline.workspace import Stage
@@ -53,16 +54,20 @@ def assemble(
     timed: Stage | None,
     seconds: Mapping[str, float],
     chosen: Stage | None = None,
+    learned: Stage | None = None,
 ) -> None:
-    """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's."""
+    """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's; `learned` is the
+    stage of the task delta, where one made the dense model."""
     from bench.environment import environment, package_versions
     from deploy_prune.budget import count_params
     from deploy_prune.path import SolutionPath
     from deploy_prune.release.bundle import finish, latency_entries
-    from deploy_prune.release.manifest import BaseModelEntry, Manifest, TensorEntry
+    from deploy_prune.release.manifest import BaseModelEntry, DeltaEntry, Manifest, TensorEntry
 
     portable = setup.recipe.portable()
     _link(bundle, PATH, searched.directory / PATH)
+    if learned is not None:
+        _link(bundle, DELTA, learned.directory / DELTA)
     cells = _place_bench(bundle, timed)
     latency = latency_entries(cells)
     path = SolutionPath.load(searched.directory / PATH)
@@ -87,6 +92,7 @@ def assemble(
             environment=environment(),
             inputs=[TensorEntry.model_validate(entry) for entry in signature["inputs"]],
             output=TensorEntry.model_validate(signature["output"]),
+            delta=None if learned is None else DeltaEntry.of(DELTA, read_json(learned.directory / LEARNED)),
             members=members,
             bench=cells,
             seconds=dict(seconds),

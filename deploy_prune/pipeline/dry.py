@@ -97,7 +97,10 @@ def dry_run(recipe: Recipe, out: Path) -> Outlook:
 def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     search = recipe.search
     examples = "all" if search.examples is None else str(search.examples)
-    stages = [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
+    stages = [
+        f"delta: {recipe.diff.fit}, {recipe.diff.share:.2%} of the values, before the search"
+    ] * recipe.diff.enabled
+    stages += [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
     if recipe.refit.enabled:
         stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
     if recipe.family.budget in MEASURED:

@@ -15,6 +15,7 @@ from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import choosing, stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
+from deploy_prune.pipeline.learning import delta_stage
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.workspace import (
@@ -67,12 +68,19 @@ def run_recipe(
     distributed.from_main(lambda: refuse_foreign(out, work_directory(out), mode, is_bundle))
     setup = prepare(recipe, progress)
     _check_lengths(setup)
+    if path is not None and recipe.diff.enabled:
+        raise UsageError(
+            "a path of before cannot be of the model that is yet to be learned",
+            where="recipe key diff",
+            remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
+        )
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
     if mode == "resume" and distributed.from_main(lambda: _finished(out, wanted)):
         return Outcome(out, already=True)
     with open_workspace(out, mode, is_output=is_bundle, note=note) as workspace:
+        setup, learned = delta_stage(workspace, setup)
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
         dense = dense_stage(workspace, setup)
@@ -80,11 +88,13 @@ def run_recipe(
         members = member_stages(workspace, setup, searched, moments, dense, chosen)
         timed = bench_stage(workspace, setup, dense, members)
         models = {stages.DENSE: dense, **members}
-        made = [stage for stage in (searched, chosen, *models.values(), timed) if stage is not None]
+        made = [stage for stage in (learned, searched, chosen, *models.values(), timed) if stage is not None]
         bundle = workspace.stage(
             "bundle",
             {"run": wanted, "parts": [stage.fingerprint for stage in made]},
-            lambda directory: assemble(directory, setup, wanted, searched, models, timed, workspace.seconds, chosen),
+            lambda directory: assemble(
+                directory, setup, wanted, searched, models, timed, workspace.seconds, chosen, learned
+            ),
         )
         workspace.finish(bundle)
     return Outcome(out)

@@ -25,7 +25,8 @@ _VERSIONED = ("deploy-prune", "torch", "transformers", "timm", "onnx", "onnxscri
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with everything it names, loaded. `identity` is what every stage's fingerprint starts from."""
+    """A recipe with everything it names, loaded. `identity` is what every stage's fingerprint starts from; `delta` the
+    file, in the bundle, of the task delta that made the model of the recipe's."""
 
     recipe: Recipe
     model: nn.Module
@@ -35,6 +36,7 @@ class Setup:
     device: torch.device
     identity: dict[str, Any]
     progress: Progress = field(default=SILENT)
+    delta: str | None = None
 
 
 def prepare(recipe: Recipe, progress: Progress = SILENT) -> Setup:

@@ -53,7 +53,8 @@ class Clock:
 
 def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
     """Search the model once; all processes of the run take part. The path remembers the task, so that members can be
-    cut from the file alone. The search goes on from what an earlier one left in the directory `saved`."""
+    cut from the file alone (and from the task delta beside it, where one made the model). The search goes on from what
+    an earlier one left in the directory `saved`."""
     from deploy_prune.methods import search
     from deploy_prune.saved_state import SavedState
 
@@ -80,7 +81,8 @@ def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
         )
     finally:
         model.cpu()
-    return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"]})
+    learned = {} if setup.delta is None else {"delta": setup.delta}
+    return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"], **learned})
 
 
 def compute_of(setup: Setup) -> Compute:

@@ -44,7 +44,8 @@ class FileEntry(_Part):
 
 
 class BaseModelEntry(_Part):
-    """The dense model: its reference, the hash of its weights (see `weights_sha256`), its size."""
+    """The dense model: its reference, the hash of its weights (see `weights_sha256`), its size. Where the manifest has
+    a `delta`, the reference is that of the model before it, hash and size are those of the model after it."""
 
     reference: Text
     weights_sha256: Sha256
@@ -146,6 +147,27 @@ class RecoveryEntry(_Part):
     changed: int | None = None
 
 
+class DeltaEntry(_Part):
+    """The task delta that made the dense model of the base: how many values it changes, and the task's metric on
+    calibration examples held out from its training, before and after."""
+
+    file: Text
+    fit: Name
+    changed: Count
+    share: float
+    metric: Name
+    before: float
+    after: float
+    seconds: float
+
+    _relative = field_validator("file")(check_relative)
+
+    @staticmethod
+    def of(file: str, learned: dict[str, Any]) -> DeltaEntry:
+        """From what the training of the delta left."""
+        return DeltaEntry(file=file, **{name: learned[name] for name in DeltaEntry.model_fields if name != "file"})
+
+
 class Member(_Part):
     """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly."""
 
@@ -199,6 +221,7 @@ class Manifest(_Part):
     environment: dict[str, Any]
     inputs: Annotated[list[TensorEntry], Field(min_length=1, max_length=32)]
     output: TensorEntry
+    delta: DeltaEntry | None = None
     members: Annotated[list[Member], Field(min_length=1, max_length=1000)]
     bench: Annotated[list[dict[str, Any]], Field(max_length=10_000)] = []
     seconds: dict[str, float] = {}

@@ -17,6 +17,7 @@ from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 
 TEMPORARY = ".partial-"  # a killed writer leaves at most names that start so; nothing reads them
 _CHUNK = 1 << 20
+_DEEPEST = 100  # levels of JSON; what we write has under 20
 
 
 def _write_failure(path: Path, error: Exception) -> OSError | None:
@@ -145,6 +146,8 @@ def write_json(path: Path | str, data: Any) -> None:
 def read_json(path: Path | str, *, limit: int = 256 * 2**20) -> Any:
     """Parse a JSON file; raises UnavailableError when it is missing, ArtifactError when it is not JSON."""
     path = existing_file(path)
+    if not path.is_file():  # reading a pipe or device could last for ever
+        raise ArtifactError("not a plain file", where=str(path), remedy="This is not a file deploy-prune wrote.")
     if path.stat().st_size > limit:
         raise ArtifactError(
             "JSON file is too large",
@@ -154,11 +157,25 @@ def read_json(path: Path | str, *, limit: int = 256 * 2**20) -> Any:
             remedy="This is not a file deploy-prune wrote.",
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if _depth_exceeds(data, _DEEPEST):
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+        return data
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             "not valid JSON", where=str(path), got=str(error)[:200], remedy="The file is damaged; write it again."
         ) from error
+
+
+def _depth_exceeds(data: Any, most: int) -> bool:
+    """Whether lists and objects lie more than `most` deep in each other; who walks data by recursion relies on it."""
+    level: list[Any] = [data]
+    for _ in range(most):
+        boxes = [box.values() if isinstance(box, dict) else box for box in level if isinstance(box, (dict, list))]
+        level = [inner for box in boxes for inner in box if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def existing(path: Path | str, what: str = "file") -> Path:

@@ -332,7 +332,15 @@ class SolutionPath:
                 values = scores[unit_key(site.name, kind)]
                 if values.shape != (site.units(kind),) or not np.isfinite(values).all():
                     raise ValueError(f"scores of {site.name}/{kind.value} have shape {values.shape}")
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise ArtifactError(
                 "not a whole solution path",
                 where=str(path),

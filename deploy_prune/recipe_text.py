@@ -17,6 +17,7 @@ T = TypeVar("T", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _LARGEST_RECIPE = 1 << 20  # bytes; a recipe is a page of text
+_MOST_VALUES = 100_000
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -51,7 +52,7 @@ def parse(path: Path) -> dict[str, Any]:
             got=f"{path.stat().st_size} bytes",
         )
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
+        data = _load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         raise RecipeError("not valid YAML", where=str(path), got=" ".join(str(error).split())[:300]) from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -64,6 +65,31 @@ def parse(path: Path) -> dict[str, Any]:
     return data
 
 
+def _load(text: str) -> Any:
+    """One YAML document as data. Raises yaml.YAMLError, ValueError or RecursionError."""
+    loader = _StrictLoader(text)  # a SafeLoader
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values once its aliases are written out")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node is with every alias replaced by what it names: a few lines can stand for billions."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # what it counts as inside itself
+        inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in inner)
+    return known[id(node)]
+
+
 def override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Apply `a.b=value` settings to `data` in order; values are YAML. Returns what was wrong with them."""
     problems = []
@@ -74,7 +100,7 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             problems.append(f"--set {setting}: expected KEY=VALUE, for instance family.sparsities=[0.3,0.5]")
             continue
         try:
-            value = yaml.load(text, Loader=_StrictLoader)
+            value = _load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             problems.append(f"--set {setting}: the value is not valid YAML")
             continue

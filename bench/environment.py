@@ -19,6 +19,8 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
     "torch",
     "timm",
     "transformers",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.contention import between, snapshot
 from bench.environment import environment
 from bench.report import LatencyReport, summarise
 from bench.runtimes import Bound, Runtime, get_runtime
@@ -95,6 +96,7 @@ def measure(
     generator = np.random.default_rng(seed)
     listener = progress or SILENT
     place = environment()  # before our own work becomes part of the load
+    before = snapshot()
 
     warm: list[list[WarmUp]] = [[] for _ in names]
     facts: list[dict[str, Any]] = [{} for _ in names]
@@ -130,7 +132,7 @@ def measure(
                 for name, each in zip(names, warm, strict=True)
             },
             runtime=dict(zip(names, facts, strict=True)),
-            environment=place,
+            environment={**place, "contention": between(before, snapshot())},
         )
     )
 

@@ -90,7 +90,7 @@ def load_pruned(directory: Path | str, *, trust_code: bool = False) -> nn.Module
     directory = existing(directory, "checkpoint directory")
     record = _record(directory)
     plan = PrunePlan.load(directory / PLAN)
-    architecture = _architecture(directory / ARCHITECTURE, trust_code)
+    architecture = read_architecture(directory / ARCHITECTURE, trust_code)
     weights = existing(directory / WEIGHTS, "weights file")
     if (digest := sha256_file(weights)) != record["sha256"]:
         raise ArtifactError(
@@ -197,7 +197,8 @@ def _record(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _architecture(path: Path, trust_code: bool) -> Architecture:
+def read_architecture(path: Path, trust_code: bool) -> Architecture:
+    """What builds a checkpoint's dense shell. Raises ArtifactError, or UsageError for Python code not trusted."""
     data = read_json(path)
     if not (
         isinstance(data, dict)

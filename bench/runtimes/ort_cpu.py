@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.environment import cores, cpu_model
 from bench.runtimes.base import Runtime, Session
+from bench.runtimes.cost import building
 from bench.runtimes.ort import OrtSession, absent, create
 from deploy_prune.errors import UnavailableError, UsageError
 
@@ -35,7 +36,9 @@ class OrtCpu(Runtime):
 
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         path, count = Path(onnx_path), thread_count(threads)
-        session = create(path, [(PROVIDER, {})], session_options(count))
+        facts: dict[str, Any] = {"runtime": self.name, "device": cpu_model(), "options": describe_options(count)}
+        with building(facts):
+            session = create(path, [(PROVIDER, {})], session_options(count))
         if session.get_providers() != [PROVIDER]:
             raise UnavailableError(
                 "the model was not given to the CPU provider",
@@ -43,7 +46,6 @@ class OrtCpu(Runtime):
                 expected=PROVIDER,
                 got=", ".join(session.get_providers()),
             )
-        facts = {"runtime": self.name, "device": cpu_model(), "options": describe_options(count)}
         return OrtSession(path, session, device="cpu", facts=facts)
 
 

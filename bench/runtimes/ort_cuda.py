@@ -11,10 +11,11 @@ import functools
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.environment import gpu_name
 from bench.runtimes.base import Runtime, Session
+from bench.runtimes.cost import building
 from bench.runtimes.ort import SILENT, OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.placement import Placement
@@ -42,7 +43,7 @@ class OrtCuda(Runtime):
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         if reason := provider_missing():
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
-        _preload()
+        preload()
         path, count = Path(onnx_path), thread_count(threads)
 
         def session(*, strict: bool = False, profile: str | None = None) -> onnxruntime.InferenceSession:
@@ -54,7 +55,7 @@ class OrtCuda(Runtime):
                 options.enable_profiling, options.profile_file_prefix = True, profile
             return create(path, [(PROVIDER, PROVIDER_OPTIONS)], options)
 
-        facts = {
+        facts: dict[str, Any] = {
             "runtime": self.name,
             "device": gpu_name() or "unknown GPU",
             "options": describe_options(count),
@@ -62,13 +63,15 @@ class OrtCuda(Runtime):
             "io_binding": "inputs and outputs on the device",
         }
         try:
-            loaded = session(strict=True)
+            with building(facts):
+                loaded = session(strict=True)
             refuse_other_provider(path, loaded)
             return OrtSession(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
         except ArtifactError:
             # Something would run on the host. ORT works out shapes there by design; whether it is only that is
             # decided by the placement of every node, at the first inputs.
-            loaded = session()
+            with building(facts):
+                loaded = session()
         refuse_other_provider(path, loaded)
         return OrtSession(
             path,
@@ -123,7 +126,7 @@ def provider_broken() -> str | None:
     import onnx
     from onnx import TensorProto, helper
 
-    _preload()
+    preload()
     value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -139,7 +142,7 @@ def provider_broken() -> str | None:
     return None
 
 
-def _preload() -> None:
+def preload() -> None:
     """Load CUDA and cuDNN from the pip packages that the gpu extra installs; ORT 1.21 and later offer it."""
     import onnxruntime
 

@@ -28,7 +28,8 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
     default="ort-cpu",
     show_default=True,
     metavar="NAME,...",
-    help="Where to run: ort-cpu, ort-cuda. `deploy-prune doctor` says which work here.",
+    help="Where to run: ort-cpu, ort-cuda, ort-tensorrt, openvino, torch-cpu, torch-cuda, torch-compile. `deploy-prune "
+    "doctor` says which work here.",
 )
 @click.option("--batch", "batches", default="1", show_default=True, metavar="N,...", help="Examples per call.")
 @click.option(
@@ -47,6 +48,7 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
     help="About how long each model is timed in each cell of the table.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of inputs and order.")
+@click.option("--trust-code", is_flag=True, help="Torch runtimes may load python: models, which runs their code.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option(
     "-o",
@@ -63,6 +65,7 @@ def command(
     threads: int | None,
     seconds: float,
     seed: int,
+    trust_code: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -83,7 +86,7 @@ def command(
     batch_sizes = counts("--batch", batches)
     files = find_models(models)
     baseline = next(iter(files))
-    chosen = _runtimes(runtimes)
+    chosen = _runtimes(runtimes, trust_code)
     if output is not None:
         _refuse_unwritable(output)
 
@@ -207,6 +210,9 @@ def show(report: LatencyReport) -> None:
             f"Self-check FAILED: the baseline differs from itself by {check}. Do not trust this cell: measure again, "
             "longer (--seconds) or on a quieter machine."
         )
+    others = report.samples.environment.get("contention", {}).get("others_cores")
+    if others is not None:
+        print(f"Other processes used {others:g} cores meanwhile.")
     if unsettled := [latency.name for latency in report.latencies if not latency.stable]:
         print(f"Not settled after warm-up: {', '.join(unsettled)}.")
     print()
@@ -255,11 +261,11 @@ def _name(paths: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def _runtimes(text: str) -> list[Runtime]:
+def _runtimes(text: str, trust_code: bool) -> list[Runtime]:
     from bench.runtimes import get_runtime
 
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    return [get_runtime(name) for name in names]
+    return [get_runtime(name, trust_code=trust_code) for name in names]
 
 
 def _refuse_unwritable(output: Path) -> None:

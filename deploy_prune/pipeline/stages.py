@@ -339,7 +339,7 @@ def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
     lengths: Sequence[int | None] = how.seq or ([DEFAULT_SEQUENCE] if has_sequence(specs) else [None])
     reports = []
     for name in how.runtimes:
-        runtime = get_runtime(name)
+        runtime = get_runtime(name, trust_code=setup.recipe.model.startswith("python:"))
         for batch in how.batch:
             for length in lengths:
                 inputs = make_inputs(specs, batch=batch, sequence=length, seed=seed)

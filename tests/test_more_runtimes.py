@@ -161,9 +161,16 @@ def test_code_is_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
-def test_cuda_that_torch_does_not_see_is_refused(bundle: Path) -> None:
-    with pytest.raises(UnavailableError, match="no CUDA device"):
-        RUNTIMES["torch-cuda"].load(bundle / "models" / "s40.onnx")
+def test_cuda_that_is_not_there_or_that_torch_does_not_see_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.runtimes.torch_runtime.gpus", lambda: ())
+    with pytest.raises(UnavailableError, match="no NVIDIA driver"):
+        get_runtime("torch-cuda")
+    monkeypatch.setattr("bench.runtimes.torch_runtime.gpus", lambda: ("one",))
+    for name in ("torch-cuda", "torch-compile"):
+        with pytest.raises(UnavailableError, match="torch sees no CUDA device"):
+            RUNTIMES[name].load(bundle / "models" / "s40.onnx")
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.environment import cpu_model, gpu_name
+from bench.environment import cpu_model, gpu_name, gpus
 from bench.runtimes.base import Bound, Runtime, Session
 from bench.runtimes.cost import affinity, building
 from bench.runtimes.ort_cpu import thread_count
@@ -22,8 +23,6 @@ from deploy_prune.errors import UnavailableError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-NO_GPU = "torch sees no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,12 @@ class TorchRuntime(Runtime):
         return "cpu"
 
     def available(self) -> str | None:
-        try:
-            import torch  # noqa: F401
-        except ImportError as error:
-            return f"torch cannot be imported ({error})"
-        return None
+        return None if find_spec("torch") else "torch is not installed"
 
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         import torch
 
-        if reason := self.available():
+        if reason := self.available() or (_unseen() if self.device() == "cuda" else None):
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
         device, count = self.device(), thread_count(threads)
         torch.set_num_threads(count)  # of the process: all models of one comparison have the same
@@ -204,6 +199,11 @@ class _TorchBound(Bound):
 
 
 def _no_gpu() -> str | None:
+    """By the driver's tool alone: torch takes seconds to import, and `doctor` asks every runtime."""
+    return None if gpus() else "no NVIDIA driver answers"
+
+
+def _unseen() -> str | None:
     import torch
 
-    return None if torch.cuda.is_available() else NO_GPU
+    return None if torch.cuda.is_available() else "there is a GPU, but torch sees no CUDA device"

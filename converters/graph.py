@@ -120,8 +120,7 @@ def name_dimensions(proto: onnx.ModelProto, signature: Signature) -> None:
     """
     names: dict[str, str] = {}
     problems = []
-    outputs = (signature.output,)
-    for specs, values in ((signature.inputs, proto.graph.input), (outputs, proto.graph.output)):
+    for specs, values in ((signature.inputs, proto.graph.input), (signature.outputs, proto.graph.output)):
         if [s.name for s in specs] != [v.name for v in values]:
             problems.append(f"the graph has {[v.name for v in values]}, the signature {[s.name for s in specs]}")
             continue

@@ -150,7 +150,7 @@ def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], ops
                 optimize=False,
                 verbose=False,
                 input_names=[spec.name for spec in signature.inputs],
-                output_names=[signature.output.name],
+                output_names=[spec.name for spec in signature.outputs],
                 custom_translation_table=translations(),
             )
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
@@ -179,8 +179,9 @@ def _function(model: nn.Module, signature: Signature) -> nn.Module:
             super().__init__()
             self.model = model
 
-        def forward(self, *tensors: Tensor) -> Tensor:
-            return signature.call(self.model, dict(zip((s.name for s in signature.inputs), tensors, strict=True)))
+        def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+            inputs = dict(zip((s.name for s in signature.inputs), tensors, strict=True))
+            return (signature.call_all or signature.call)(self.model, inputs)
 
     function = Function()
     function.training = False  # not eval(), which would visit the model

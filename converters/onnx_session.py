@@ -61,6 +61,20 @@ class OnnxSession:
             result: np.ndarray = self._session.run(None, dict(inputs))[0]
         return result
 
+    def run_values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every output by name as an onnxruntime value, which another call takes as input without a copy.
+
+        `inputs` are such values. Raises as `run`.
+        """
+        with _explained("onnxruntime cannot run the model", self.path):
+            names = [output.name for output in self._session.get_outputs()]
+            return dict(zip(names, self._session.run_with_ort_values(names, dict(inputs)), strict=True))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata properties."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
 
 @contextlib.contextmanager
 def _explained(what: str, path: Path) -> Iterator[None]:

@@ -114,7 +114,7 @@ def check_parity(
     for first, second in itertools.pairwise(names):
         onnx = any(isinstance(forms[name], str | Path) for name in (first, second))
         checks = []
-        if same_weights and (faults := _weight_faults(forms[first], forms[second])):
+        if same_weights and (faults := weight_faults(forms[first], forms[second])):
             problems += [f"{first} -> {second}: {fault}" for fault in faults]
             causes.add("onnx")
         for (size, inputs), a, b in zip(batches, outputs[first], outputs[second], strict=True):
@@ -194,7 +194,7 @@ def _outputs(form: Form, signature: Signature, batches: Sequence[Mapping[str, Te
     return results
 
 
-def _weight_faults(form: Form, other: Form) -> list[str]:
+def weight_faults(form: Form, other: Form) -> list[str]:
     """Weights that an ONNX file holds otherwise than the model before it, in words."""
     import numpy as np
     import torch

@@ -178,10 +178,12 @@ MAX_OPSET = 23  # the newest one tried with the exporter
 
 
 class ExportPart(Part):
-    """The ONNX files. `checkpoints` also stores every member as safetensors with its plan."""
+    """The ONNX files. `checkpoints` also stores every member as safetensors with its plan; `cache` also exports
+    decoders with their key/value cache, into `decoders/NAME` of the bundle."""
 
     opset: Annotated[int, Field(ge=18, le=MAX_OPSET)] = 18
     checkpoints: bool = True
+    cache: bool = False
 
 
 class ParityPart(Part):

@@ -31,14 +31,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs and the single output of the function a bundle ships; `call` computes it from a live model.
+    """Inputs and the output of the function a bundle ships; `call` computes it from a live model.
 
-    `call(model, inputs)` maps the named input tensors to the output tensor.
+    `call(model, inputs)` maps the named input tensors to the output tensor. A function with state has further outputs,
+    `state` (the key/value caches of a decoder), and `call_all`, which gives the output and all of them.
     """
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+    state: tuple[TensorSpec, ...] = ()
+    call_all: Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, ...]] | None = None
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The output, then the state."""
+        return (self.output, *self.state)
 
     @property
     def dynamic(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.choosing import CURVE, FITS, TABLE
+from deploy_prune.pipeline.decoders import place_decoder
 from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.learning import DELTA, LEARNED
 from deploy_prune.pipeline.setup import Setup
@@ -128,6 +129,7 @@ def _member(
         quality=facts["quality"],
         scores=_link(bundle, f"scores/{name}.safetensors", scores) if scores.is_file() else None,
         recovery=facts.get("recovery"),
+        decoder=place_decoder(bundle, name, stage.directory, facts["decoder"], setup.recipe.parity.tolerance),
         parity=facts["parity"],
         samples=SamplesEntry(file=samples, tolerance=setup.recipe.parity.tolerance),
         latency=latency,

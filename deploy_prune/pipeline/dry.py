@@ -108,12 +108,13 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
         at = f"batch {place.batch}" + (f", sequence {place.seq}" if place.seq else "")
         stages.append(f"latency: table of the sites on {place.runtime}, {at}; losses along the path; plans, measured")
     cut = "plan, refit, cut" if recipe.refit.enabled else "plan, cut"
-    stages.append("dense: export, parity, quality")
+    export = "export with and without a cache" if recipe.export.cache else "export"
+    stages.append(f"dense: {export}, parity, quality")
     if recipe.recover.enabled:
         cut += f", parity, quality, recover ({_recovery(recipe)})"
     if recipe.dynamic.enabled:
         cut = f"plan, refit, train with changing structure ({_dynamic(recipe)}), cut, parity, quality"
-    stages.append(f"each of {len(members)} members: {cut}, export, parity, quality")
+    stages.append(f"each of {len(members)} members: {cut}, {export}, parity, quality")
     if recipe.bench.enabled:
         bench = recipe.bench
         cells = f"batch {', '.join(map(str, bench.batch))}"

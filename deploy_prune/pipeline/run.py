@@ -14,6 +14,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import choosing, stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
+from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
@@ -74,6 +75,7 @@ def run_recipe(
             where="recipe key diff",
             remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
         )
+    check_cache(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import DataError, ParityError
 from deploy_prune.files import read_json
+from deploy_prune.pipeline.decoders import make_decoder
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.workspace import fingerprint
 
@@ -190,7 +191,10 @@ def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
     with clock.step("quality"):
         quality = judge(setup, onnx, directory)
     record_samples(directory / SAMPLES, setup.model, setup.task.signature, seed=setup.recipe.seed)
-    return {"export": exported, "parity": parity.to_json(), "quality": quality, "seconds": clock.seconds}
+    with clock.step("decoder"):
+        decoder = make_decoder(setup, setup.model, DENSE, directory)
+    facts = {"export": exported, "parity": parity.to_json(), "quality": quality, "decoder": decoder}
+    return {**facts, "seconds": clock.seconds}
 
 
 def make_member(
@@ -245,6 +249,8 @@ def make_member(
     with clock.step("quality"):
         quality = judge(setup, onnx, directory, reference)
     record_samples(directory / SAMPLES, small, signature, seed=setup.recipe.seed)
+    with clock.step("decoder"):
+        decoder = make_decoder(setup, small, name, directory)
     if setup.recipe.export.checkpoints:
         with clock.step("checkpoint"):
             save_pruned(small, plan, directory / CHECKPOINT, base_model=plan.model, tokenizer=tokenizer_of(setup))
@@ -252,6 +258,7 @@ def make_member(
         "export": exported,
         "parity": parity,
         "quality": quality,
+        "decoder": decoder,
         "recovery": earlier.get("recovery"),
         "seconds": {**earlier.get("seconds", {}), **clock.seconds},
     }

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy_prune.errors import ArtifactError
-from deploy_prune.release.manifest import Manifest, Member
-from deploy_prune.release.samples import Sample, load_samples
+from deploy_prune.release.manifest import Manifest, Member, SamplesEntry
+from deploy_prune.release.samples import load_samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,11 +61,26 @@ def _plain(file: Path) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
 
 def ask(bundle: Path, manifest: Manifest, member: Member, runtime: str, asker: Asker) -> tuple[MemberCheck, list[str]]:
     """Run the stored inputs; differences come back in words."""
+    answer = asker(bundle / member.file)
+    return compared(
+        bundle, member.name, member.samples, answer, lambda inputs: _valid(manifest, inputs), runtime=runtime
+    )
+
+
+def compared(
+    bundle: Path,
+    name: str,
+    entry: SamplesEntry,
+    answer: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    valid: Callable[[Mapping[str, np.ndarray]], np.ndarray | None],
+    *,
+    runtime: str = PLAIN,
+) -> tuple[MemberCheck, list[str]]:
+    """As `ask`, of any `answer` to the stored inputs; `valid` gives of the inputs which positions count."""
     from converters.comparison import compare
 
-    tolerance, worst, agreement, text = member.samples.tolerance, 0.0, 1.0, []
-    samples = load_samples(bundle / member.samples.file)
-    answer = asker(bundle / member.file)
+    tolerance, worst, agreement, text = entry.tolerance, 0.0, 1.0, []
+    samples = load_samples(bundle / entry.file)
     for i, sample in enumerate(samples):
         try:
             output = answer(sample.inputs)
@@ -73,17 +88,17 @@ def ask(bundle: Path, manifest: Manifest, member: Member, runtime: str, asker: A
             text.append(f"sample {i}: {error.got}")
             worst = float("inf")
             continue
-        difference = compare(sample.output, output, tolerance=tolerance, valid=_valid(manifest, sample))
+        difference = compare(sample.output, output, tolerance=tolerance, valid=valid(sample.inputs))
         worst, agreement = max(worst, difference.error), min(agreement, difference.agreement)
         if difference.error > tolerance:
             fault = difference.fault or f"error {difference.error:.2e}, tolerance {tolerance:.0e}"
             text.append(f"sample {i}: {fault}, first at output{list(difference.index or ())}")
-    return MemberCheck(member.name, len(samples), worst, tolerance, agreement, runtime), text
+    return MemberCheck(name, len(samples), worst, tolerance, agreement, runtime), text
 
 
-def _valid(manifest: Manifest, sample: Sample) -> np.ndarray | None:
+def _valid(manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """The stored attention mask, when the output has a position for each of its entries."""
     for entry in manifest.inputs:
         if entry.role == "mask" and manifest.output.shape[: len(entry.shape)] == entry.shape:
-            return sample.inputs.get(entry.name)
+            return inputs.get(entry.name)
     return None

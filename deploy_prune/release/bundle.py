@@ -1,6 +1,6 @@
 """Putting a bundle together: files in their places, a model card, and a manifest that hashes them all.
 
-manifest.json  README.md  models/NAME.onnx  checkpoints/NAME/  plans/NAME.json  samples/NAME.safetensors
+manifest.json  README.md  models/NAME.onnx  decoders/NAME/  checkpoints/NAME/  plans/NAME.json  samples/NAME.safetensors
 path.safetensors  bench/
 """
 
@@ -72,9 +72,10 @@ def finish(bundle: Path, manifest: Manifest) -> Manifest:
         if path not in files
     ]
     problems += [
-        f"member {member.name}: {member.file} is not the file that was exported"
+        f"member {member.name}: {graph.file} is not the file that was exported"
         for member in manifest.members
-        if member.file in files and files[member.file].sha256 != member.sha256
+        for graph in (member, member.decoder)
+        if graph is not None and graph.file in files and files[graph.file].sha256 != graph.sha256
     ]
     if problems:
         raise ArtifactError("the bundle is not complete", where=str(bundle), problems=problems)

@@ -28,6 +28,13 @@ def model_card(manifest: Manifest) -> str:
             "Median and 99th percentile in milliseconds per call. `ratio` is to the dense model timed in the "
             "same run, with its 95 % interval; below 1 is faster. Raw samples are in `bench/`.",
         ]
+    if any(member.decoder for member in manifest.members):
+        parts += [
+            "## Decoding",
+            _table(("directory", "caches", "bytes", "parity error", "onnxruntime-genai"), _decoders(manifest)),
+            "Each directory holds one graph for prefill (an empty past) and decoding with its key/value caches, and "
+            "the tokenizer: `deploy-prune generate . --member NAME --prompt ...`.",
+        ]
     parts += [
         "## Inputs and output",
         _table(
@@ -72,6 +79,20 @@ def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
             row.insert(5, _quality(member.recovery.quality_before) if member.recovery else "–")
         rows.append(row)
     return columns, rows
+
+
+def _decoders(manifest: Manifest) -> list[Sequence[str]]:
+    return [
+        (
+            decoder.directory,
+            str(len(decoder.caches)),
+            f"{decoder.bytes:,}",
+            f"{decoder.parity['error']:.0e}",
+            f"no: {decoder.genai_refused}" if decoder.genai_refused else "serves it",
+        )
+        for decoder in (member.decoder for member in manifest.members)
+        if decoder is not None
+    ]
 
 
 def _quality(quality: QualityEntry | None) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy_prune.release.manifest import Manifest, Member, check_relative
+from deploy_prune.release.manifest import DecoderEntry, Manifest, Member, TensorEntry, check_relative
 
 if TYPE_CHECKING:
     import onnx
 
+Graph = Member | DecoderEntry  # each names one ONNX file
 _ONNX_TYPES = {1: "float32", 7: "int64"}
 
 
-def graph_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
+def graph_problems(
+    bundle: Path, manifest: Manifest, member: Graph, inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry]
+) -> Iterator[str]:
     """What of a member's ONNX file is not as it must be. A file with data from elsewhere is not opened further."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+    file = manifest.files[member.file]
+    external = manifest.files[member.external].bytes if member.external else 0
+    if (file.sha256, file.bytes + external) != (member.sha256, member.bytes):
+        yield f"{member.file} is not the file that was measured (sha256 or bytes)"
     path = bundle / member.file
     try:
         graph = onnx.load(str(path), load_external_data=False)
@@ -33,10 +40,10 @@ def graph_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         yield f"{member.file} is not valid ONNX: {str(error).strip()[:300]}"
-    yield from _interface_problems(graph, manifest, member)
+    yield from _interface_problems(graph, member, inputs, outputs)
 
 
-def _external_problems(model: onnx.ModelProto, manifest: Manifest, member: Member) -> Iterator[str]:
+def _external_problems(model: onnx.ModelProto, manifest: Manifest, member: Graph) -> Iterator[str]:
     """External data must be the one file the manifest names, beside the graph."""
     folder = Path(member.file).parent
     locations = set()
@@ -82,8 +89,10 @@ def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
                 yield from _of_graph(inner)
 
 
-def _interface_problems(graph: onnx.ModelProto, manifest: Manifest, member: Member) -> Iterator[str]:
-    for entry, values in ((manifest.inputs, graph.graph.input), ([manifest.output], graph.graph.output)):
+def _interface_problems(
+    graph: onnx.ModelProto, member: Graph, inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry]
+) -> Iterator[str]:
+    for entry, values in ((inputs, graph.graph.input), (outputs, graph.graph.output)):
         want = [(t.name, t.dtype, t.shape) for t in entry]
         got = [
             (

@@ -168,6 +168,46 @@ class DeltaEntry(_Part):
         return DeltaEntry(file=file, **{name: learned[name] for name in DeltaEntry.model_fields if name != "file"})
 
 
+class CacheEntry(_Part):
+    """A key/value cache of a decoder: that of the attention at `depth`."""
+
+    depth: Count
+    heads: Count
+    key_width: Count
+    value_width: Count
+
+
+class DecoderEntry(_Part):
+    """A member with its key/value cache, in a directory to be served from. One graph for prefill and decoding.
+
+    `samples` are tokens, the pieces they are fed in, and the torch model's logits. `genai` is the settings file of
+    onnxruntime-genai, or `genai_refused` says why there is none.
+    """
+
+    directory: Text
+    file: Text
+    external: Text | None = None
+    sha256: Sha256
+    bytes: Count
+    opset: Annotated[int, Field(ge=1)]
+    caches: Annotated[list[CacheEntry], Field(max_length=1000)]
+    inputs: Annotated[list[TensorEntry], Field(min_length=2, max_length=2002)]
+    outputs: Annotated[list[TensorEntry], Field(min_length=1, max_length=2001)]
+    parity: dict[str, Any]
+    samples: SamplesEntry
+    genai: Text | None = None
+    genai_refused: Text | None = None
+
+    @field_validator("directory", "file", "external", "genai")
+    @classmethod
+    def _relative(cls, path: str | None) -> str | None:
+        return None if path is None else check_relative(path)
+
+    def named_files(self) -> list[str]:
+        """Files of the bundle that the decoder cannot do without."""
+        return [path for path in (self.file, self.external, self.samples.file, self.genai) if path is not None]
+
+
 class Member(_Part):
     """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly."""
 
@@ -187,6 +227,7 @@ class Member(_Part):
     quality: QualityEntry | None = None
     scores: Text | None = None
     recovery: RecoveryEntry | None = None
+    decoder: DecoderEntry | None = None
     parity: dict[str, Any]
     samples: SamplesEntry
     latency: list[LatencyEntry] = []
@@ -202,7 +243,8 @@ class Member(_Part):
     def named_files(self) -> list[str]:
         """Files of the bundle that the member cannot do without."""
         named = (self.file, self.external, self.plan, self.history, self.samples.file, self.scores)
-        return [path for path in named if path is not None]
+        own = [path for path in named if path is not None]
+        return own + (self.decoder.named_files() if self.decoder else [])
 
 
 class Manifest(_Part):

@@ -14,6 +14,7 @@ from deploy_prune.plan import PrunePlan
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.release.answers import Asker, MemberCheck, ask, askers
 from deploy_prune.release.bundle import SIGNATURE, walk
+from deploy_prune.release.decoding import check_decoder
 from deploy_prune.release.graphs import graph_problems
 from deploy_prune.release.manifest import MANIFEST, Manifest, Member
 from deploy_prune.release.scores import contradiction, load_scores
@@ -75,6 +76,11 @@ def verify(
                 problems += [f"{member.name}: {problem}" for problem in found]
                 differences += [f"{member.name}: {line}" for line in text]
                 checks += made
+                if member.decoder is not None:
+                    found, text, made = check_decoder(bundle, manifest, member.name, member.decoder)
+                    problems += [f"{member.name}: {problem}" for problem in found]
+                    differences += [f"{member.name}, decoding: {line}" for line in text]
+                    checks += made
             progress.advance(1, member.name)
     finally:
         progress.finish()
@@ -153,10 +159,6 @@ def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]
 
 def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
     """What of a member is not as the manifest says: its plan, its graph, its interface."""
-    file = manifest.files[member.file]
-    external = manifest.files[member.external].bytes if member.external else 0
-    if (file.sha256, file.bytes + external) != (member.sha256, member.bytes):
-        yield f"{member.file} is not the file that was measured (sha256 or bytes)"
     if member.plan is not None:
         try:
             plan = PrunePlan.load(bundle / member.plan)
@@ -180,4 +182,4 @@ def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterat
                 yield f"{member.scores} {wrong}"
     if member.checkpoint is not None and f"{member.checkpoint}/model.safetensors" not in manifest.files:
         yield f"{member.checkpoint} holds no model.safetensors"
-    yield from graph_problems(bundle, manifest, member)
+    yield from graph_problems(bundle, manifest, member, manifest.inputs, [manifest.output])

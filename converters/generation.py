@@ -1,0 +1,158 @@
+"""Greedy generation from an ONNX decoder with onnxruntime and numpy alone: no torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.onnx_session import OnnxSession
+from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
+from deploy_prune.files import existing_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+METADATA = "deploy_prune.decoder"  # the property of an ONNX file that holds the JSON of `About`
+IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+
+
+@dataclass(frozen=True)
+class About:
+    """What generation must know and the graph does not say: the tokens that end a text, and how long one may be."""
+
+    stop: tuple[int, ...] = ()
+    longest: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps({"stop": list(self.stop), "longest": self.longest}, sort_keys=True)
+
+
+class OnnxDecoder:
+    """A file that `export_decoder` wrote: it reads new tokens on the caches that it gave back for the earlier ones."""
+
+    def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
+        """Raises UnavailableError without onnxruntime or file, ArtifactError when the file is no decoder."""
+        self._session = OnnxSession(path, threads=threads)
+        names = [name for name, _, _ in self._session.inputs]
+        said = self._session.metadata.get(METADATA)
+        if names[:2] != [IDS, MASK] or said is None:
+            raise ArtifactError(
+                "not a decoder with a key/value cache",
+                where=str(path),
+                expected=f"inputs {IDS}, {MASK} and past caches, and the property {METADATA}",
+                got=", ".join(names[:4]),
+                remedy="Export one: a recipe with export.cache: true, or converters.decoder_export.export_decoder.",
+            )
+        told = json.loads(said)
+        self.about = About(tuple(told["stop"]), told["longest"])
+        self._shapes = {name: shape for name, _, shape in self._session.inputs[2:]}
+        self._next = {f"present.{name.partition('.')[2]}": name for name in self._shapes}
+
+    def read(
+        self, ids: np.ndarray, mask: np.ndarray, past: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Logits (batch, new, vocabulary) of the tokens `ids` (batch, new), and the caches that now hold them too.
+
+        `mask` (batch, all) covers earlier and new tokens and is 0 on padding. Both are int64.
+        """
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        if past is None:
+            past = {  # (batch, heads, no tokens, width)
+                name: OrtValue.ortvalue_from_numpy(np.zeros((len(ids), int(shape[1]), 0, int(shape[3])), np.float32))
+                for name, shape in self._shapes.items()
+            }
+        fed = {IDS: OrtValue.ortvalue_from_numpy(ids), MASK: OrtValue.ortvalue_from_numpy(mask)}
+        found = self._session.run_values({**fed, **past})
+        logits: np.ndarray = found.pop(LOGITS).numpy()
+        return logits, {self._next[name]: value for name, value in found.items()}
+
+
+def generate(
+    decoder: OnnxDecoder,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    stop: Collection[int] | None = None,
+    told: Callable[[int], None] = lambda made: None,
+) -> list[list[int]]:
+    """The most likely next tokens of every prompt, at most `tokens` of them, one after another.
+
+    Prompts are read together, padded on the left. A row ends with the first token of `stop` (None: the model's own;
+    empty: never), which is part of the result. `told` hears after every step how many tokens each row has.
+    Raises UsageError for an empty prompt, or more tokens than the model has positions for.
+    """
+    import numpy as np
+
+    if tokens < 1 or not prompts or not all(prompts):
+        raise UsageError("nothing to go on", expected="at least one token to make, and prompts that are not empty")
+    width, longest = max(map(len, prompts)), decoder.about.longest
+    if longest is not None and width + tokens > longest:
+        raise UsageError(
+            "more tokens than the model has positions for",
+            expected=f"at most {longest}",
+            got=f"{width} of the prompt and {tokens} new",
+            remedy="Ask for fewer tokens or give a shorter prompt.",
+        )
+    ends = np.array(sorted(decoder.about.stop if stop is None else stop), np.int64)
+    ids = np.zeros((len(prompts), width), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    made: list[list[int]] = [[] for _ in prompts]
+    done = np.zeros(len(prompts), bool)
+    logits, past = decoder.read(ids, mask)
+    for step in range(tokens):
+        following = logits[:, -1].argmax(-1).astype(np.int64)
+        for row, new in enumerate(following.tolist()):
+            if not done[row]:
+                made[row].append(new)
+        done |= np.isin(following, ends)
+        told(step + 1)
+        if done.all() or step + 1 == tokens:
+            break
+        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+        logits, past = decoder.read(following[:, None], mask, past)
+    return made
+
+
+def replay(decoder: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
+    """Logits of all tokens (batch, all, vocabulary), read in `chunks` of so many, each on the cache of the earlier."""
+    import numpy as np
+
+    parts, past, end = [], None, 0
+    for chunk in chunks:
+        start, end = end, end + chunk
+        logits, past = decoder.read(np.ascontiguousarray(ids[:, start:end]), np.ascontiguousarray(mask[:, :end]), past)
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
+
+
+class Text:
+    """Text to token ids and back by a `tokenizer.json`, with the tokenizers package."""
+
+    def __init__(self, file: Path | str) -> None:
+        """Raises UnavailableError without the package or the file, ArtifactError for another kind of file."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UnavailableError("tokenizers is not installed", remedy="pip install tokenizers") from error
+        path = existing_file(file, "tokenizer file")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ArtifactError("not a tokenizer file", where=str(path), got=str(error)[:200]) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text

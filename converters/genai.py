@@ -1,6 +1,7 @@
 """The settings with which onnxruntime-genai serves an exported decoder.
 
-Tried with onnxruntime-genai 0.18: it reads heads and widths of every cache off the graph, so they may differ.
+Tried with onnxruntime-genai 0.18: it reads heads and width of every layer's cache off the graph, so layers may differ;
+within a layer it makes the values as wide as the keys.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def genai_config(model: nn.Module, slots: Sequence[CacheSlot], about: About) -> 
     if not about.stop or about.longest is None:
         raise UnsupportedModelError(
             "onnxruntime-genai needs an end-of-text token and a longest text; the model has none"
+        )
+    if odd := [slot for slot in slots if slot.key_width != slot.value_width]:
+        raise UnsupportedModelError(
+            "onnxruntime-genai takes one width for the keys and values of a layer; those at depth "
+            + ", ".join(f"{s.depth} are {s.key_width} and {s.value_width}" for s in odd[:3])
+            + (f", and {len(odd) - 3} more" if len(odd) > 3 else "")
+            + " (cut kinds head and neuron only)"
         )
     first = slots[0]
     pad = getattr(config, "pad_token_id", None)

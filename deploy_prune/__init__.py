@@ -43,7 +43,9 @@ _WHERE = {
     "save_apart": "converters.adapters_apart",
     "load_apart": "converters.adapters_apart",
     "export_onnx": "converters.onnx_export",
+    "export_decoder": "converters.decoder_export",
     "check_parity": "converters.parity",
+    "check_decoder": "converters.decoder_parity",
     # what is measured and shipped
     "measure": "bench.timing",
     "verify": "deploy_prune.release.verify",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from bench.timing import measure
     from converters.adapters_apart import load_apart, save_apart
     from converters.checkpoint import load_pruned, save_pruned
+    from converters.decoder_export import export_decoder
+    from converters.decoder_parity import check_decoder
     from converters.onnx_export import export_onnx
     from converters.parity import check_parity
     from converters.surgery import compact

@@ -11,19 +11,20 @@ from deploy_prune.pipeline.setup import Setup
 if TYPE_CHECKING:
     from torch import nn
 
+    from deploy_prune.recipe import Recipe
     from deploy_prune.release.manifest import DecoderEntry
 
 # What a model's stage leaves for the bundle.
 DECODER, SAMPLES = "decoder", "decoder.safetensors"
 
 
-def check_cache(setup: Setup) -> None:
-    """Raise UsageError when the recipe asks for a cache of a model that has none: before hours of search."""
-    if setup.recipe.export.cache and setup.task.name != "causal-lm":
+def check_cache(recipe: Recipe) -> None:
+    """Raise UsageError when the recipe asks for a cache of a model that has none: before anything is loaded."""
+    if recipe.export.cache and recipe.task.name != "causal-lm":
         raise UsageError(
             "only decoders have a key/value cache",
             where="recipe key export.cache",
-            expected="export.cache: false for " + setup.task.name,
+            expected="export.cache: false for " + recipe.task.name,
             got="true",
         )
 

@@ -65,6 +65,7 @@ def run_recipe(
     of every step; none leaves an `out` behind. ParityError means that a member was not what it should be.
     """
     check_runtimes(recipe)
+    check_cache(recipe)
     # before a model is loaded, let alone trained
     distributed.from_main(lambda: refuse_foreign(out, work_directory(out), mode, is_bundle))
     setup = prepare(recipe, progress)
@@ -75,7 +76,6 @@ def run_recipe(
             where="recipe key diff",
             remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
         )
-    check_cache(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)

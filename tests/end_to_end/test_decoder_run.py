@@ -1,0 +1,129 @@
+"""A recipe with `export.cache`: decoders in the bundle, hashed, verified, and written on from at the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from decoders import tokenizer, written
+from safetensors.numpy import load_file, save_file
+
+from deploy_prune.cli.main import run_command
+from deploy_prune.errors import ArtifactError, ParityError
+from deploy_prune.files import sha256_file
+from deploy_prune.release.bundle import finish
+from deploy_prune.release.manifest import Manifest
+from deploy_prune.release.verify import verify
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a GPT-2 of one layer: the dense model and one member without its best query/key dimensions."""
+    from conftest import randomize
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    room = tmp_path_factory.mktemp("decoder")
+    config = GPT2Config(
+        vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4, n_inner=48, eos_token_id=2, bos_token_id=1
+    )
+    model = randomize(GPT2LMHeadModel(config))
+    model.save_pretrained(room / "model")
+    tokenizer().save_pretrained(room / "model")
+    words = np.random.default_rng(0).integers(0, 95, 2000)
+    (room / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    recipe = {
+        "name": "tiny",
+        "model": f"hf:{room / 'model'}",
+        "task": {"name": "causal-lm", "calibration": f"text:{room / 'text.txt'}", "options": {"length": 32}},
+        "search": {"method": "magnitude"},
+        "family": {"sparsities": [0.3]},
+        "refit": {"examples": 16},
+        "export": {"cache": True, "checkpoints": True},
+        "bench": {"enabled": False},
+    }
+    (room / "recipe.yaml").write_text(json.dumps(recipe))
+    assert run_command(["-q", "run", str(room / "recipe.yaml"), "--out", str(room / "out")]) == 0
+    return room / "out"
+
+
+def test_every_member_has_a_decoder_that_is_named_hashed_and_proved(bundle: Path) -> None:
+    manifest = Manifest.load(bundle / "manifest.json")
+    for member in manifest.members:
+        assert member.decoder is not None
+        assert member.decoder.parity["error"] < 1e-5
+        assert {
+            f"decoders/{member.name}/model.onnx",
+            f"decoders/{member.name}/tokenizer.json",
+            f"samples/{member.name}.decoder.safetensors",
+        } <= set(manifest.files)
+    assert [check.name for check in verify(bundle).members] == ["dense", "dense, decoding", "s30", "s30, decoding"]
+
+
+def test_generate_writes_what_the_checkpoint_writes_in_torch(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from converters.checkpoint import load_pruned
+
+    expected = written(load_pruned(bundle / "checkpoints/s30"), [[9, 4, 70], [8]], 20)
+    prompts = ["--prompt", "w5 w0 w66", "--prompt", "w4"]
+    words = ["generate", str(bundle), "--member", "s30", *prompts, "--tokens", "20", "--no-stop", "--json"]
+    assert run_command(words) == 0
+    texts = json.loads(capsys.readouterr().out)["texts"]
+    assert [line["tokens"] for line in texts] == expected
+    assert run_command(["generate", str(bundle / "decoders/s30/model.onnx"), "--prompt", "w4", "--tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("w4")
+
+
+def test_generate_imports_neither_torch_nor_transformers(bundle: Path) -> None:
+    code = (
+        "import sys; from deploy_prune.cli.main import run_command;"
+        f"words = ['-q', 'generate', {str(bundle / 'decoders/s30')!r}, '--prompt', 'w1', '--tokens', '2'];"
+        "assert run_command(words) == 0;"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [([], 2), (["--member", "s99"], 2), (["--member", "s30", "--tokenizer", "nowhere.json"], 3)],
+)
+def test_generate_refuses_what_is_not_there(bundle: Path, words: list[str], code: int) -> None:
+    assert run_command(["-q", "generate", str(bundle), "--prompt", "w1", *words]) == code
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+def test_a_flipped_byte_of_a_decoder_is_found(copied: Path) -> None:
+    file = copied / "decoders/s30/model.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"decoders/s30/model.onnx: has sha256"):
+        verify(copied)
+    assert run_command(["-q", "generate", str(copied), "--member", "s30", "--prompt", "w1"]) == 4
+
+
+def test_a_decoder_that_answers_otherwise_is_found_though_its_hashes_are_right(copied: Path) -> None:
+    file = copied / "samples/s30.decoder.safetensors"
+    stored = load_file(file)
+    stored["0/output"][0, -1, 3] += 1.0
+    save_file(stored, file)
+    manifest = Manifest.load(copied / "manifest.json")
+    (copied / "manifest.json").unlink()
+    finish(copied, manifest)
+    assert Manifest.load(copied / "manifest.json").files[f"samples/{file.name}"].sha256 == sha256_file(file)
+    with pytest.raises(ParityError, match=r"s30, decoding: sample 0: error"):
+        verify(copied)
+
+
+def test_a_cache_is_refused_for_a_task_that_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["-q", "run", "digits", "--set", "export.cache=true", "--out", str(tmp_path / "out")]) == 2
+    assert "only decoders have a key/value cache" in capsys.readouterr().err

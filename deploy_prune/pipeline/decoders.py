@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import UsageError
-from deploy_prune.pipeline.setup import Setup
+from deploy_prune.pipeline.setup import Setup, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ def make_decoder(setup: Setup, model: nn.Module, name: str, directory: Path) -> 
     """
     from converters.decoder_export import GRAPH, export_decoder
     from converters.decoder_parity import check_decoder, record_decoder_samples
-    from deploy_prune.pipeline.stages import parity_options, tokenizer_of
+    from deploy_prune.pipeline.stages import parity_options
 
     if not setup.recipe.export.cache:
         return None

@@ -155,6 +155,15 @@ def choose_device(asked: str) -> torch.device:
     return own if own is not None and own.type == asked else torch.device(asked)
 
 
+def tokenizer_of(setup: Setup) -> Any:
+    """The tokenizer that a text model's checkpoint needs to be used; None for images."""
+    from deploy_prune.sources import load_tokenizer
+
+    if not any(spec.role == "ids" for spec in setup.task.signature.inputs):
+        return None
+    return load_tokenizer(str(setup.recipe.task.options.get("tokenizer") or setup.recipe.model))
+
+
 def versions() -> dict[str, str]:
     """Installed versions that bear on the bytes of the results."""
     from bench.environment import package_versions

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.errors import DataError, ParityError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.decoders import make_decoder
-from deploy_prune.pipeline.setup import Setup
+from deploy_prune.pipeline.setup import Setup, tokenizer_of
 from deploy_prune.pipeline.workspace import fingerprint
 
 if TYPE_CHECKING:
@@ -285,15 +285,6 @@ def planned_weights(setup: Setup, plan: PrunePlan, moments: Moments | None, basi
         return refit(setup.model, plan, moments, ridge=setup.recipe.refit.ridge, basis=basis)
     require_basis(basis, plan.basis)
     return setup.model if basis is None else in_basis(setup.model, setup.sites, basis)
-
-
-def tokenizer_of(setup: Setup) -> Any:
-    """The tokenizer that a text model's checkpoint needs to be used; None for images."""
-    from deploy_prune.sources import load_tokenizer
-
-    if not any(spec.role == "ids" for spec in setup.task.signature.inputs):
-        return None
-    return load_tokenizer(str(setup.recipe.task.options.get("tokenizer") or setup.recipe.model))
 
 
 def export(setup: Setup, model: nn.Module, onnx: Path, name: str) -> dict[str, Any]:

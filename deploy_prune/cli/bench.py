@@ -49,6 +49,7 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of inputs and order.")
 @click.option("--trust-code", is_flag=True, help="Torch runtimes may load python: models, which runs their code.")
+@click.option("--why", is_flag=True, help="Measure the device's ceilings and say why a model is slower or no faster.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option(
     "-o",
@@ -66,6 +67,7 @@ def command(
     seconds: float,
     seed: int,
     trust_code: bool,
+    why: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -108,7 +110,7 @@ def command(
             session.bind(inputs)
     del session
 
-    reports = []
+    reports, explained = [], []
     for runtime in chosen:
         for batch, length, inputs in cells:
             sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
@@ -126,6 +128,11 @@ def command(
             reports.append(report)
             if not as_json:
                 show(report)
+            if why:
+                found = explain(report, files, inputs, runtime, threads)
+                explained.append(found)
+                if not as_json:
+                    show_reasons(found)
     if output is not None:
         _write(output, reports)
     if as_json:
@@ -135,6 +142,7 @@ def command(
                 "_version": 1,
                 "environment": environment(),
                 "cells": [report.to_json() for report in reports],
+                **({"rooflines": explained} if why else {}),
             }
         )
 
@@ -215,6 +223,44 @@ def show(report: LatencyReport) -> None:
         print(f"Other processes used {others:g} cores meanwhile.")
     if unsettled := [latency.name for latency in report.latencies if not latency.stable]:
         print(f"Not settled after warm-up: {', '.join(unsettled)}.")
+    print()
+
+
+def explain(
+    report: LatencyReport, files: dict[str, Path], inputs: dict[str, Any], runtime: Runtime, threads: int | None
+) -> dict[str, Any]:
+    """Ceilings of the runtime, what every model does in a call and which share of its time that takes at them, and why
+    those that are not faster are not. Raises UnavailableError for runtimes that run no ONNX files."""
+    from bench.roofline import measure_ceilings, reasons
+    from bench.work import work_of
+
+    ceilings = measure_ceilings(runtime, threads=threads)
+    works = {name: work_of(file, inputs) for name, file in files.items()}
+    dense = works[report.latencies[0].name]
+    models = {}
+    for name, work in works.items():
+        seconds = report[name].p50_ms / 1e3
+        flat = report[name].verdict != "faster" and name != report.latencies[0].name
+        models[name] = {
+            **{"flops": work.flops, "bytes": work.bytes, "nodes": work.nodes, "seconds": seconds},
+            "shares": ceilings.shares(work, seconds),
+            "reasons": reasons(work, dense, seconds, ceilings) if flat else [],
+        }
+    return {"ceilings": ceilings.to_json(), "sizes": dict(report.samples.sizes), "models": models}
+
+
+def show_reasons(found: dict[str, Any]) -> None:
+    """The ceilings and, of models that are not faster, why."""
+    top = found["ceilings"]
+    print(
+        f"Ceilings measured: {top['flops'] / 1e9:.1f} GFLOP/s, {top['bytes'] / 1e9:.1f} GB/s, "
+        f"{top['dispatch'] * 1e6:.2f} us a node."
+    )
+    for name, model in found["models"].items():
+        shares = ", ".join(f"{what} {share:.0%}" for what, share in model["shares"].items())
+        print(f"{name}: at the ceilings its time would be {shares} of what it takes.")
+        for reason in model["reasons"]:
+            print(f"  not faster: {reason}")
     print()
 
 

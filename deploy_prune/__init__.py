@@ -53,6 +53,8 @@ _WHERE = {
     "load_rules": "deploy_prune.release.rules",
     "compare_bundles": "deploy_prune.release.versions",
     "sign": "deploy_prune.release.signing",
+    "write_report": "deploy_prune.release.report",
+    "reproduce": "deploy_prune.release.reproduce",
     "latency_plans": "deploy_prune.latency.api",
     "Place": "deploy_prune.latency.place",
     # a run as data
@@ -89,6 +91,8 @@ if TYPE_CHECKING:
     from deploy_prune.recovery import recover
     from deploy_prune.refitting import collect_moments, refit
     from deploy_prune.release.gate import gate
+    from deploy_prune.release.report import write_report
+    from deploy_prune.release.reproduce import reproduce
     from deploy_prune.release.rules import load_rules
     from deploy_prune.release.signing import sign
     from deploy_prune.release.verify import verify

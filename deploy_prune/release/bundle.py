@@ -26,7 +26,7 @@ from deploy_prune.release.manifest import (
     check_relative,
 )
 
-CARD = "README.md"
+CARD, REPORT, RUNNER = "README.md", "report.html", "run.py"
 SIGNATURE = "model.sig"  # signs the manifest too, which therefore cannot list it
 
 
@@ -55,11 +55,16 @@ def place(bundle: Path, name: str, source: Path | str, *, link: bool = False) ->
 
 
 def finish(bundle: Path, manifest: Manifest) -> Manifest:
-    """Write the model card and the manifest of a directory whose other files are in place; returns the manifest.
+    """Write the model card, run.py, the report and the manifest of a directory whose other files are in place; returns
+    the manifest.
 
     `manifest.files` is filled in here. Raises ArtifactError when a member names a file that is not there.
     """
+    from deploy_prune.release.report import report_html
+
     (bundle / CARD).write_text(model_card(manifest), encoding="utf-8")
+    shutil.copyfile(Path(__file__).parent / "serving" / "run_py.txt", bundle / RUNNER)
+    (bundle / REPORT).write_text(report_html(bundle, manifest), encoding="utf-8")
     files = {
         name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
         for name, path in walk(bundle)

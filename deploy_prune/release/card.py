@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from deploy_prune.release.manifest import LatencyEntry, Manifest, Member, QualityEntry
@@ -11,6 +12,7 @@ def model_card(manifest: Manifest) -> str:
     """README.md of the bundle, Markdown; depends on the manifest alone."""
     task = str(manifest.task.get("name", "unknown"))
     parts = [
+        _metadata(manifest),
         f"# {manifest.name}",
         f"A family of {len(manifest.members)} ONNX models cut from `{manifest.base.reference}` "
         f"({manifest.base.parameters:,} parameters) by one deploy-prune search. Task: {task}. "
@@ -42,6 +44,11 @@ def model_card(manifest: Manifest) -> str:
             [(t.name, t.dtype, "×".join(map(str, t.shape)), t.role) for t in manifest.inputs]
             + [(manifest.output.name, manifest.output.dtype, "×".join(map(str, manifest.output.shape)), "output")],
         ),
+        "## Use",
+        "```\npython run.py --help\n```",
+        "`run.py` asks a member, with onnxruntime and numpy alone (images also need pillow, texts tokenizers), and "
+        "prepares images and texts as the manifest says. `report.html` shows how to load a member in Python, C++ and "
+        "Triton, and the family in charts; it opens offline.",
         "## Check",
         "```\ndeploy-prune verify .\n```",
         "compares every file with its hash in `manifest.json` and every model with the outputs stored in `samples/`.",
@@ -51,6 +58,44 @@ def model_card(manifest: Manifest) -> str:
         "The licence of the dense model and of its data applies to what was cut from it.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+_PIPELINES = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "prompted-classification": "text-classification",
+    "sentence-embedding": "sentence-similarity",
+    "causal-lm": "text-generation",
+    "image-text": "zero-shot-image-classification",
+}
+
+
+def _metadata(manifest: Manifest) -> str:
+    """The YAML head of the card that the Hugging Face Hub reads. No licence is claimed: it is the base model's."""
+    import yaml
+
+    task = str(manifest.task.get("name"))
+    data: dict[str, object] = {"library_name": "onnx", "tags": ["onnx", "pruned", "deploy-prune"]}
+    scheme, _, base = manifest.base.reference.partition(":")
+    base = base.partition("?")[0]
+    if scheme == "hf" and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        data["base_model"] = base
+    if task in _PIPELINES:
+        data["pipeline_tag"] = _PIPELINES[task]
+        results = [
+            {
+                "task": {"type": _PIPELINES[task]},
+                "dataset": {"name": str(manifest.task.get("evaluation")), "type": "custom"},
+                "metrics": [
+                    {"type": m.quality.metric, "value": m.quality.value, "name": f"{m.quality.metric} ({m.name})"}
+                ],
+            }
+            for m in manifest.members
+            if m.quality is not None
+        ]
+        if results:
+            data["model-index"] = [{"name": manifest.name, "results": results}]
+    return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
 
 
 def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]]:

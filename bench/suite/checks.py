@@ -1,0 +1,254 @@
+"""The checks. Each returns what it measured as JSON and raises when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.suite.models import Member, Subject, half_of, subjects
+from deploy_prune.errors import ParityError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+ERROR = {"fp32": 2e-4, "tf32": 5e-3, "fp16": 2e-2}  # of the largest output
+
+
+@dataclass
+class Bench:
+    """What the checks share: where they run, and the models and files made so far."""
+
+    small: bool
+    device: str
+    runtime: str
+    directory: Path
+    seconds: float
+    members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
+    files: dict[str, dict[str, Path]] = field(default_factory=dict)
+
+    @property
+    def align(self) -> int:
+        return 8 if self.small else 64
+
+    def subject(self, name: str) -> tuple[Subject, nn.Module, Member]:
+        """A model and its half, made once."""
+        if name not in self.members:
+            subject = next(s for s in subjects(self.small) if s.name == name)
+            dense = subject.build()
+            self.members[name] = (subject, dense, half_of(dense, subject.signature, self.align))
+        return self.members[name]
+
+    def exported(self, name: str) -> dict[str, Path]:
+        """ONNX files of both, and a checkpoint of the half for the torch runtimes, laid out as in a bundle."""
+        if name not in self.files:
+            from converters.checkpoint import save_pruned
+            from converters.onnx_export import export_onnx
+
+            subject, dense, half = self.subject(name)
+            folder = self.directory / name
+            (folder / "models").mkdir(parents=True)
+            files = {"dense": folder / "models" / "dense.onnx", "half": folder / "models" / "half.onnx"}
+            for file, model in ((files["dense"], dense), (files["half"], half.model)):
+                export_onnx(model, file, subject.signature)
+            save_pruned(half.model, half.plan, folder / "checkpoints" / "half")
+            self.files[name] = files
+        return self.files[name]
+
+
+def search_and_refit(bench: Bench) -> dict[str, Any]:
+    """The default search and the refit on the device give the path and the weights that they give on the CPU."""
+    import numpy as np
+    import torch
+
+    from deploy_prune.adapters import find_sites
+    from deploy_prune.demo import digits_vit
+    from deploy_prune.methods import search
+    from deploy_prune.refitting import collect_moments, refit
+    from deploy_prune.tasks import load_task
+
+    reference = "python:deploy_prune.demo:digits_vit"
+    found: dict[str, Any] = {}
+    for device in dict.fromkeys(("cpu", bench.device)):
+        model = digits_vit(epochs=2 if bench.small else 6).to(device)
+        task = load_task(
+            "image-classification", model=model, model_ref=reference, calibration="digits:train", evaluation=None
+        )
+        count = 64 if bench.small else 512
+        path = search(model, task, "fisher" if bench.small else "spp", examples=count, batch_size=64, precision="fp32")
+        plan = path.plan(0.4)
+        moments = collect_moments(model, find_sites(model), task.calibration(64, count), task.signature)
+        weights = refit(model, plan, moments, basis=path.basis)
+        found[device] = (plan, torch.cat([p.detach().cpu().flatten() for p in weights.parameters()]))
+    (cpu_plan, cpu), (plan, own) = found["cpu"], found[bench.device]
+    kept = [(set(cpu_plan.keep[s][k]), set(plan.keep[s][k])) for s in plan.keep for k in plan.keep[s]]
+    shared = sum(len(a & b) for a, b in kept) / max(1, sum(len(a | b) for a, b in kept))
+    if shared < 0.98:
+        raise ParityError("the search on the device finds another path", expected="98 % shared", got=f"{shared:.1%}")
+    result: dict[str, Any] = {"device": bench.device, "units shared with the CPU's plan": shared}
+    if plan.keep == cpu_plan.keep:
+        off = float((own - cpu).abs().max() / cpu.abs().max())
+        result["refitted weights off by"] = off
+        if not off < 1e-2 or not np.isfinite(off):
+            raise ParityError("the refit on the device gives other weights", expected="below 1e-2", got=f"{off:.1e}")
+    return result
+
+
+def parity(bench: Bench) -> dict[str, Any]:
+    """Compact torch on the device, and the ONNX file on the runtime, answer as compact torch on the CPU does."""
+    import torch
+
+    from bench.runtimes import get_runtime
+
+    result: dict[str, Any] = {}
+    for subject in subjects(bench.small):
+        _, _, half = bench.subject(subject.name)
+        inputs = subject.signature.random_inputs({"batch": 3, "sequence": 13}, seed=1)
+        with torch.no_grad():
+            expected = subject.signature.call(half.model, inputs).numpy()
+            there = half.model.to(bench.device)
+            own = subject.signature.call(there, {n: t.to(bench.device) for n, t in inputs.items()}).cpu().numpy()
+            half.model.cpu()
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        session = get_runtime(bench.runtime).load(bench.exported(subject.name)["half"])
+        result[subject.name] = {
+            f"torch on {bench.device}": _close(own, expected, "fp32", subject.name),
+            bench.runtime: _close(session.run(arrays)[0], expected, "tf32", subject.name),
+            "placement": session.describe().get("placement"),
+        }
+    return result
+
+
+def half_precision(bench: Bench) -> dict[str, Any]:
+    """The ONNX file in fp16 answers as in fp32, and how fast it is beside it."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    from bench.inputs import graph_inputs, make_inputs
+    from bench.runtimes import get_runtime
+    from bench.timing import measure
+
+    result: dict[str, Any] = {}
+    for name in ("vit-b", "bert-base"):
+        subject, _, _ = bench.subject(name)
+        file = bench.exported(name)["half"]
+        other = file.with_name("half-fp16.onnx")
+        onnx.save(convert_float_to_float16(onnx.load(str(file)), keep_io_types=True), str(other))
+        batch, sequence = subject.cells[1]
+        inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
+        runtime = get_runtime(bench.runtime)
+        error = _close(runtime.load(other).run(inputs)[0], runtime.load(file).run(inputs)[0], "fp16", name)
+        report = measure({"fp32": file, "fp16": other}, inputs, runtime=runtime, seconds=bench.seconds)
+        result[name] = {"error": error, "cell": report.to_json()}
+    return result
+
+
+def runtimes(bench: Bench) -> dict[str, Any]:
+    """Every runtime that works here runs the same member and gives the CPU's answer; the others say why not."""
+    from bench.inputs import graph_inputs, make_inputs
+    from bench.runtimes import RUNTIMES
+
+    name = "vit-b"
+    subject, _, _ = bench.subject(name)
+    file = bench.exported(name)["half"]
+    batch, sequence = subject.cells[1]
+    inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
+    expected = RUNTIMES["ort-cpu"].load(file).run(inputs)[0]
+    result: dict[str, Any] = {}
+    for runtime in RUNTIMES.values():
+        if reason := runtime.available():
+            result[runtime.name] = {"absent": reason}
+            continue
+        if bench.small and runtime.name == "torch-compile":
+            result[runtime.name] = {"left out": "compiling takes longer than the small suite may"}
+            continue
+        session = runtime.load(file)
+        bound = session.bind(inputs)
+        bound()
+        result[runtime.name] = {
+            "error": _close(bound.outputs()[0], expected, "tf32", runtime.name),
+            "session": session.describe(),
+        }
+    return result
+
+
+def table(bench: Bench) -> dict[str, Any]:
+    """A latency table of the neurons, and how well it predicts a plan that was not in it."""
+    from converters.onnx_export import export_onnx
+    from converters.surgery import compact
+    from deploy_prune.latency.measure import latency_table
+    from deploy_prune.latency.place import Place
+
+    subject, dense, half = bench.subject("vit-b")
+    batch, sequence = subject.cells[1]
+    place = Place(bench.runtime, batch, sequence, seconds=bench.seconds)
+    found = latency_table(
+        dense,
+        half.sites,
+        half.path.costs,
+        place,
+        lambda model, file: export_onnx(model, file, subject.signature),
+        kinds=half.path.kinds(["neuron"]),
+        align=bench.align,
+    )
+    plan = half.path.plan(budget="macs", value=0.8, kinds=["neuron"], align=bench.align)
+    dense_file = bench.exported("vit-b")["dense"]
+    own = dense_file.with_name("predicted.onnx")
+    export_onnx(compact(dense, plan, check_weights=False), own, subject.signature)
+    predicted = found.plan_ms(plan.counts(half.sites)) / found.dense_ms
+    measured = place.time({"dense": dense_file, "predicted": own})["predicted"].ratio
+    return {
+        "table": found.to_json(),
+        "predicted": predicted,
+        "measured": {"value": measured.value, "low": measured.low, "high": measured.high},
+        "off": predicted / measured.value - 1,
+    }
+
+
+def family(bench: Bench) -> dict[str, Any]:
+    """Dense and half of every model in every cell, and the ceilings of the device."""
+    from bench.inputs import graph_inputs, make_inputs
+    from bench.roofline import measure_ceilings
+    from bench.timing import measure
+    from bench.work import work_of
+
+    length = 1 << 16 if bench.small else 1 << 26
+    side = 128 if bench.small else 4096
+    ceilings = measure_ceilings(bench.runtime, side=side, length=length)
+    cells = []
+    for subject in subjects(bench.small):
+        files = bench.exported(subject.name)
+        for batch, sequence in subject.cells:
+            inputs = make_inputs(graph_inputs(files["dense"]), batch=batch, sequence=sequence)
+            sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
+            report = measure(files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds, sessions=2)
+            cell = {"model": subject.name, **report.to_json()}
+            if batch <= 8 and (sequence or 0) <= 128:  # counting runs the model on the CPU
+                works = {name: work_of(file, inputs) for name, file in files.items()}
+                cell["work"] = {
+                    name: {"flops": work.flops, "bytes": work.bytes, "nodes": work.nodes}
+                    for name, work in works.items()
+                }
+            cells.append(cell)
+    return {"ceilings": ceilings.to_json(), "cells": cells}
+
+
+CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
+    "search": search_and_refit,
+    "parity": parity,
+    "runtimes": runtimes,
+    "family": family,
+    "fp16": half_precision,
+    "table": table,
+}
+
+
+def _close(own: np.ndarray, expected: np.ndarray, kind: str, where: str) -> float:
+    import numpy as np
+
+    off = float(np.abs(own.astype(np.float64) - expected).max() / max(1e-9, float(np.abs(expected).max())))
+    if not off <= ERROR[kind]:
+        raise ParityError("the answers differ", where=where, expected=f"within {ERROR[kind]:g}", got=f"{off:.2e}")
+    return off

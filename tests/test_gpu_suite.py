@@ -1,0 +1,105 @@
+"""The GPU suite: refused without a GPU, honest about what failed or was not begun, and whole on a CPU when small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from bench.suite.__main__ import main, slug
+from bench.suite.models import half_of, subjects
+from bench.suite.report import BEGIN, END, NONE, replaced, section
+from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UsageError
+
+PASSED: dict[str, Any] = {"answer": 1}
+
+
+def run(out: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(main, ["--small", "--out", str(out), *more])
+    (folder,) = out.iterdir()
+    return result.exit_code, json.loads((folder / "summary.json").read_text())
+
+
+def test_without_a_gpu_the_suite_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.environment.gpu_name", lambda: None)
+    result = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert isinstance(result.exception, UnavailableError)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_check_is_refused(tmp_path: Path) -> None:
+    assert isinstance(CliRunner().invoke(main, ["--out", str(tmp_path), "--check", "familly"]).exception, UsageError)
+
+
+def test_a_failed_check_says_why_the_others_go_on_and_the_exit_code_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(bench: Any) -> dict[str, Any]:
+        raise ParityError("the answers differ", where="vit-b")
+
+    monkeypatch.setattr("bench.suite.checks.CHECKS", {"wrong": wrong, "right": lambda bench: PASSED})
+    code, summary = run(tmp_path)
+    assert code == 1
+    assert {name: check["state"] for name, check in summary["checks"].items()} == {"wrong": "failed", "right": "passed"}
+    (folder,) = tmp_path.iterdir()
+    assert "the answers differ" in json.loads((folder / "wrong.json").read_text())["error"]
+    assert json.loads((folder / "right.json").read_text())["answer"] == 1
+
+
+def test_what_does_not_fit_into_the_time_is_not_begun_and_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.suite.checks.CHECKS", {"one": lambda bench: PASSED})
+    code, summary = run(tmp_path, "--limit", "1")
+    assert code == 1 and summary["checks"]["one"]["state"] == "not begun"
+
+
+def test_halves_have_half_the_work_at_aligned_widths() -> None:
+    for subject in subjects(small=True):
+        model = subject.build()
+        half = half_of(model, subject.signature, 8)
+        assert half.plan.achieved is not None and half.plan.achieved.macs <= 0.5 * half.path.costs.macs
+
+
+def test_without_results_the_section_says_that_there_are_none(tmp_path: Path) -> None:
+    assert section(tmp_path) == NONE
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "summary.json").write_text(
+        json.dumps({"small": True, "checks": {}, "device": "cpu", "seconds": 1})
+    )
+    assert section(tmp_path) == NONE  # small runs test the suite, they are no figures
+
+
+def test_a_gpus_cells_become_rows(tmp_path: Path) -> None:
+    folder = tmp_path / slug("NVIDIA H100 PCIe")
+    folder.mkdir()
+    summary = {
+        "small": False,
+        "device": "nvidia-h100-pcie",
+        "seconds": 512.0,
+        "checks": {"family": {"state": "passed"}},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    timed = [
+        {"name": name, "p50_ms": ms, "ratio": {"value": ms / 4, "low": ms / 4, "high": ms / 4}, "verdict": "faster"}
+        for name, ms in (("dense", 4.0), ("half", 2.0))
+    ]
+    cell = {"model": "vit-b", "batch": 8, "latencies": timed, "self_check": {"result": "failed"}}
+    (folder / "family.json").write_text(json.dumps({"ceilings": {"flops": 5e13, "bytes": 2e12}, "cells": [cell]}))
+    text = section(tmp_path)
+    assert "| vit-b | 8 |  | 4.00 | 2.00 | 0.50 [0.50, 0.50] | faster (untrusted) |" in text
+    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb\n", text).count("old") == 0
+    with pytest.raises(ArtifactError):
+        replaced("no marks", text)
+
+
+@pytest.mark.slow
+def test_the_small_suite_passes_on_a_cpu(tmp_path: Path) -> None:
+    code, summary = run(tmp_path)
+    assert {name: check["state"] for name, check in summary["checks"].items()} == dict.fromkeys(
+        summary["checks"], "passed"
+    )
+    assert code == 0

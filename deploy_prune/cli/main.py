@@ -44,6 +44,7 @@ COMMANDS = {
     "push": "Upload a bundle to the Hugging Face Hub.",
     "reproduce": "Run a bundle's recipe again and compare what comes out.",
     "report": "Write a bundle's page (one HTML file, opens offline) and its charts as PNG.",
+    "plot": "Draw a chart of what was measured: PNG or interactive HTML.",
     "inspect": "Show what a model, path, task delta, plan or bundle holds.",
     "doctor": "Show devices, runtimes and versions, and how to get what is missing.",
     "completion": "Print a script that completes commands in bash, zsh or fish.",

@@ -24,8 +24,8 @@ def pareto(source: Path) -> Chart:
         for entry in member.latency:
             if member.quality is not None:
                 name = f"{entry.runtime}, batch {entry.batch}" + (f", {entry.sequence}" if entry.sequence else "")
-                low, high = member.quality.interval
-                cells.setdefault(name, []).append((entry.p50_ms, member.quality.value, low, high, member.name))
+                point = (entry.p50_ms, member.quality.value, *member.quality.interval, member.name)
+                cells.setdefault(name, []).append(point)
     judged = next((m.quality for m in manifest.members if m.quality is not None), None)
     if judged is None or not cells:
         raise UsageError(

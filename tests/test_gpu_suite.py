@@ -97,6 +97,7 @@ def test_a_gpus_cells_become_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_small_suite_passes_on_a_cpu(tmp_path: Path) -> None:
     code, summary = run(tmp_path)
     assert {name: check["state"] for name, check in summary["checks"].items()} == dict.fromkeys(

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 from shipped import bundle_of
 
-from deploy_prune.errors import ArtifactError, ParityError, UnavailableError
+from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UsageError
 from deploy_prune.files import sha256_file
 from deploy_prune.release.bundle import walk
 from deploy_prune.release.manifest import FileEntry, Manifest
@@ -168,6 +168,70 @@ def test_external_data_elsewhere_is_refused_unopened(bundle, location):
     path.write_bytes(proto.SerializeToString())
     rehash(bundle)
     with pytest.raises(ArtifactError, match="external data"):
+        verify(bundle)
+
+
+def _elsewhere() -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name="hidden", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    return tensor
+
+
+def _in_function(proto):
+    node = onnx.helper.make_node("Constant", [], ["y"], value=_elsewhere())
+    proto.functions.append(onnx.helper.make_function("own", "F", [], ["y"], [node], proto.opset_import[:1]))
+
+
+def _in_inner_graph(proto):
+    inner = onnx.helper.make_graph([], "inner", [], [], initializer=[_elsewhere()])
+    proto.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
+
+
+def _in_sparse_initializer(proto):
+    proto.graph.sparse_initializer.add().values.CopyFrom(_elsewhere())
+
+
+def _in_training_graph(proto):
+    proto.training_info.add().algorithm.initializer.append(_elsewhere())
+
+
+@pytest.mark.parametrize("hide", [_in_function, _in_inner_graph, _in_sparse_initializer, _in_training_graph])
+def test_external_data_is_found_wherever_a_graph_may_hide_it(bundle, hide):
+    path = bundle / "models/dense.onnx"
+    proto = onnx.load(path)
+    hide(proto)
+    path.write_bytes(proto.SerializeToString())
+    rehash(bundle)
+    with pytest.raises(ArtifactError, match="reads external data: not a plain path"):
+        verify(bundle)
+
+
+def test_manifest_that_is_no_plain_file_is_refused_unread(bundle, tmp_path):
+    manifest = bundle / "manifest.json"
+    manifest.rename(tmp_path / "elsewhere.json")
+    manifest.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ArtifactError, match="not a plain file"):
+        verify(bundle)
+    manifest.unlink()
+    os.mkfifo(manifest)  # reading it would wait for ever
+    with pytest.raises(ArtifactError, match="not a plain file"):
+        verify(bundle)
+
+
+def test_runtime_that_is_asked_for_answers_or_the_check_fails(bundle):
+    assert {check.runtime for check in verify(bundle, runtimes=["ort-cpu"]).members} == {"ort-cpu"}
+    with pytest.raises(UsageError, match="no runtime 'ort-cup'"):
+        verify(bundle, runtimes=["ort-cup"])
+
+
+def test_scores_that_do_not_give_the_stated_figure_are_refused(bundle):
+    from figures import changed, judged
+
+    changed(bundle, s02={**judged(bundle, "s02", [1.0, 0.0, 1.0, 1.0])})
+    verify(bundle)
+    quality = Manifest.load(bundle / "manifest.json").members[1].quality.model_copy(update={"value": 0.9})
+    changed(bundle, s02={"quality": quality})
+    with pytest.raises(ArtifactError, match=r"scores/s02.safetensors gives top1 0.75, the manifest says 0.9"):
         verify(bundle)
 
 

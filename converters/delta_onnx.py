@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.onnx_session import OnnxSession
-from converters.passes.weights import TRANSPOSED
+from converters.passes.stored import TRANSPOSED
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import atomic_file, existing
 

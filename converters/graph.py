@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from converters.passes.stored import holds, parts_of
 from converters.passes.strip import StripMetadata
-from converters.passes.weights import MergeConstants, TransposeWeights, torch_name
+from converters.passes.weights import MergeConstants, TransposeWeights
+from converters.variants import DOMAINS, Variant, apply
 from deploy_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -36,8 +39,8 @@ class Initializers:
         return sum(sum(group.values()) for group in (self.weights, self.buffers, self.constants))
 
 
-def simplify(model: ir.Model, weights: set[str]) -> None:
-    """Fold constants, drop no-ops and duplicates, store weights as they are read. In place.
+def simplify(model: ir.Model, weights: set[str], variant: Variant = "plain") -> None:
+    """Fold constants, drop no-ops and duplicates, store weights as they are read, in the form of `variant`. In place.
 
     The rules look at shapes and constants, never at the values of `weights`: models that differ in weights alone
     get the same graph. (The exporter's own optimiser drops zero biases and merges equal weights.)
@@ -49,12 +52,13 @@ def simplify(model: ir.Model, weights: set[str]) -> None:
     TransposeWeights(weights)(model)
 
     def should_fold(node: ir.Node) -> bool | None:
-        return False if any(v is not None and v.name and torch_name(v.name) in weights for v in node.inputs) else None
+        return False if any(v is not None and holds(v.name, weights) for v in node.inputs) else None
 
     for _ in range(2):  # a rule may free a constant, and a constant enable a rule
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
         rewriter.rewrite(model, _rules())
     common.RemoveUnusedNodesPass()(model)
+    apply(model, variant, weights)
     common.RemoveUnusedOpsetsPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     MergeConstants(weights)(model)
@@ -89,20 +93,25 @@ def account(model: ir.Model, parameters: Mapping[str, int], buffers: Mapping[str
     Raises UnsupportedModelError when a weight is stored twice or in another size.
     """
     found: dict[str, dict[str, int]] = {"weights": {}, "buffers": {}, "constants": {}}
-    seen: dict[str, str] = {}
+    seen: dict[str, list[tuple[int, int | None, str]]] = {}
     problems = []
     for name, value in model.graph.initializers.items():
         assert value.const_value is not None
-        size, origin = value.const_value.nbytes, torch_name(name)
-        if origin in parameters:
-            found["weights"][name] = size
-            if origin in seen:
-                problems.append(f"{origin}: stored as {seen[origin]} and as {name}")
-            if size != parameters[origin]:
-                problems.append(f"{name}: {size} bytes, the parameter has {parameters[origin]}")
-            seen[origin] = name
+        parts = parts_of(name)
+        if any(part.parameter in parameters for part in parts):
+            found["weights"][name] = value.const_value.nbytes
+            for part in parts:
+                seen.setdefault(part.parameter, []).append((part.start or 0, part.stop, name))
         else:
-            found["buffers" if origin in buffers else "constants"][name] = size
+            found["buffers" if parts[0].parameter in buffers else "constants"][name] = value.const_value.nbytes
+    for parameter, stored in seen.items():
+        stored.sort(key=lambda each: each[0])
+        for (_, stop, first), (start, _, second) in itertools.pairwise(stored):
+            if stop is None or start < stop:
+                problems.append(f"{parameter}: stored as {first} and as {second}")
+    total, expected = sum(found["weights"].values()), sum(parameters.get(name, 0) for name in seen)
+    if total != expected:
+        problems.append(f"{total} bytes of weights, the parameters have {expected}")
     if problems:
         raise UnsupportedModelError(
             "the exported graph does not hold the weights as they are",
@@ -152,10 +161,11 @@ def name_dimensions(proto: onnx.ModelProto, signature: Signature) -> None:
                 dim.dim_param = symbol.sub(lambda match: names[match.group()], dim.dim_param)
 
 
-def foreign_nodes(proto: onnx.ModelProto) -> list[str]:
-    """Nodes outside the standard ONNX domain, and functions, one line each."""
+def foreign_nodes(proto: onnx.ModelProto, variant: Variant = "plain") -> list[str]:
+    """Nodes outside the operator domains that `variant` may use, and functions, one line each."""
+    allowed = {*DOMAINS[variant], "ai.onnx"}
     return [
         f"{node.name or node.op_type}: {node.domain}::{node.op_type}"
         for node in proto.graph.node
-        if node.domain not in ("", "ai.onnx")
+        if node.domain not in allowed
     ] + [f"function {f.domain}::{f.name}" for f in proto.functions]

@@ -1,4 +1,4 @@
-"""torch -> ONNX: one file in fp32, standard operators, dynamic sizes, the same bytes for the same model."""
+"""torch -> ONNX: one file in fp32, dynamic sizes, in one of several forms, the same bytes for the same model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.graph import Initializers, account, foreign_nodes, name_dimensions, simplify
 from converters.translations import translations
+from converters.variants import VARIANTS
 from deploy_prune.errors import UnsupportedModelError, UsageError
 from deploy_prune.files import atomic_file, atomic_siblings, sha256_file
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor, nn
 
+    from converters.variants import Variant
     from deploy_prune.signature import Signature
 
 # A protobuf holds 2 GiB; above this the weights lie beside the graph, in FILE.data.
@@ -40,6 +42,7 @@ class ExportReport:
     bytes: int
     external: str | None
     opset: int
+    variant: str
     nodes: int
     inputs: list[dict[str, Any]]
     output: dict[str, Any]
@@ -64,18 +67,23 @@ def export_onnx(
     signature: Signature,
     *,
     opset: int = 18,
+    variant: Variant = "plain",
     example_sizes: Mapping[str, int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Write `signature.call` of `model` as an ONNX file, atomically; the model is left as it was.
 
+    `variant` is the form of the graph (converters/variants.py): `plain` as traced, every weight under its own name;
+    `standard` and `ort` made to run fast, `ort` with ONNX Runtime's own operators. Both want opset 20, which has Gelu.
     `metadata` becomes the file's metadata properties. Raises UsageError for weights that are not float32 and
-    UnsupportedModelError when the model cannot be traced, a dimension freezes, or a node is not standard ONNX.
+    UnsupportedModelError when the model cannot be traced, a dimension freezes, or `variant` may not use a node.
     """
     import onnx
     import onnx_ir as ir
 
     start = time.perf_counter()
+    if variant not in VARIANTS:
+        raise UsageError(f"no variant {variant!r}", expected=", ".join(VARIANTS))
     if opset < 18:
         raise UsageError("opset too old", expected="18 or newer", got=str(opset))
     _check_float32(model)
@@ -83,7 +91,7 @@ def export_onnx(
     _own_names(exported, model)
     parameters = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     buffers = {name: b.numel() * b.element_size() for name, b in model.named_buffers()}
-    simplify(exported, set(parameters))
+    simplify(exported, set(parameters), variant)
     initializers = account(exported, parameters, buffers)
     path = Path(file)
     large = initializers.bytes > EXTERNAL_ABOVE
@@ -92,9 +100,9 @@ def export_onnx(
             ir.external_data.unload_from_model(exported, target.parent, data.name, size_threshold_bytes=1024)
         proto = ir.to_proto(exported)
         name_dimensions(proto, signature)
-        if foreign := foreign_nodes(proto):
+        if foreign := foreign_nodes(proto, variant):
             raise UnsupportedModelError(
-                "the graph needs operators outside standard ONNX",
+                f"the graph needs operators that variant {variant} may not use",
                 problems=foreign,
                 remedy="A plain runtime could not load it; replace these in the model.",
             )
@@ -110,6 +118,7 @@ def export_onnx(
         bytes=size,
         external=_data_name(path) if large else None,
         opset=opset,
+        variant=variant,
         nodes=len(proto.graph.node),
         inputs=described["inputs"],
         output=described["output"],

@@ -204,15 +204,14 @@ def weight_faults(form: Form, other: Form) -> list[str]:
     import onnx
     from onnx import numpy_helper
 
-    from converters.passes.weights import TRANSPOSED, torch_name
+    from converters.passes.stored import assemble, parts_of
 
-    parameters, faults = dict(form.named_parameters()), []
+    values = {name: p.detach().cpu().numpy() for name, p in form.named_parameters()}
+    faults = []
     for stored in onnx.load(other).graph.initializer:
-        parameter = parameters.get(torch_name(stored.name))
-        if parameter is None:
+        if not all(part.parameter in values for part in parts_of(stored.name)):
             continue
-        got, want = numpy_helper.to_array(stored), parameter.detach().cpu().numpy()
-        want = want.T if stored.name.endswith(TRANSPOSED) else want
+        got, want = numpy_helper.to_array(stored), assemble(stored.name, values)
         if got.shape != want.shape:
             faults.append(f"{stored.name} has shape {got.shape} in the file, {want.shape} in the model")
         elif not np.array_equal(got.view(np.uint8), np.ascontiguousarray(want).view(np.uint8)):

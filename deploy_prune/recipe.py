@@ -178,10 +178,13 @@ MAX_OPSET = 23  # the newest one tried with the exporter
 
 
 class ExportPart(Part):
-    """The ONNX files. `checkpoints` also stores every member as safetensors with its plan; `cache` also exports
-    decoders with their key/value cache, into `decoders/NAME` of the bundle."""
+    """The ONNX files. `variant`: `standard` operators alone, with those of ONNX Runtime (`ort`), whichever the dense
+    model runs faster with (`auto`), or `plain`, as traced with every weight under its own name. `checkpoints` also
+    stores every member as safetensors with its plan; `cache` also exports decoders with their key/value cache, into
+    `decoders/NAME` of the bundle."""
 
-    opset: Annotated[int, Field(ge=18, le=MAX_OPSET)] = 18
+    opset: Annotated[int, Field(ge=18, le=MAX_OPSET)] = 20
+    variant: Literal["auto", "standard", "ort", "plain"] = "standard"
     checkpoints: bool = True
     cache: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-TRANSPOSED = ".T"  # suffix of a weight stored (in, out), as MatMul reads it, where torch keeps (out, in)
+from converters.passes.stored import TRANSPOSED, holds
 
 
 class TransposeWeights(ir.passes.InPlacePass):
@@ -57,7 +57,7 @@ class MergeConstants(ir.passes.InPlacePass):
         first: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         for name, value in list(graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or torch_name(name) in self.weights:
+            if tensor is None or holds(name, self.weights):
                 continue
             key = (tensor.dtype.name, tuple(tensor.shape.numpy()), tensor.tobytes())
             kept = first.setdefault(key, value)
@@ -67,8 +67,3 @@ class MergeConstants(ir.passes.InPlacePass):
             del graph.initializers[name]
             modified = True
         return ir.passes.PassResult(model, modified)
-
-
-def torch_name(initializer: str) -> str:
-    """The state-dict name of a weight's initialiser: "fc1.weight.T" -> "fc1.weight"."""
-    return initializer.removesuffix(TRANSPOSED)

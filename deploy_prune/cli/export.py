@@ -58,6 +58,12 @@ def _targets(command: Any) -> Any:
 @click.option("--eval", "evaluation", help="Evaluation data, where it is not the path's own.")
 @click.option("--no-refit", is_flag=True, help="Cut only; do not correct the weights that stay.")
 @click.option("--recover", is_flag=True, help="Train every member after the cut; how: --set recover.KEY=VALUE.")
+@click.option(
+    "--variant",
+    type=click.Choice(["auto", "standard", "ort", "plain"]),
+    help="Form of the graphs: standard operators, ONNX Runtime's own too, whichever is faster, or as traced.  "
+    "[default: standard]",
+)
 @click.option("--no-bench", is_flag=True, help="Do not time the models.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the recipe: refit.ridge=1e-2")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
@@ -76,6 +82,7 @@ def command(
     evaluation: str | None,
     no_refit: bool,
     recover: bool,
+    variant: str | None,
     no_bench: bool,
     settings: tuple[str, ...],
     output: Path,
@@ -100,6 +107,7 @@ def command(
     changes = [
         f"{key}={value}" for key, value in (("task.calibration", data), ("task.evaluation", evaluation)) if value
     ]
+    changes += [f"export.variant={variant}"] if variant else []
     changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")

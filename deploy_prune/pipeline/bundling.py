@@ -14,6 +14,7 @@ from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.learning import DELTA, LEARNED
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
+from deploy_prune.pipeline.variant import CHOICE
 from deploy_prune.pipeline.workspace import Stage
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def assemble(
     seconds: Mapping[str, float],
     chosen: Stage | None = None,
     learned: Stage | None = None,
+    formed: Stage | None = None,
 ) -> None:
     """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's; `learned` is the
-    stage of the task delta, where one made the dense model."""
+    stage of the task delta, where one made the dense model, `formed` that which chose the graph's form."""
     from bench.environment import environment, package_versions
     from deploy_prune.budget import count_params
     from deploy_prune.path import SolutionPath
@@ -96,6 +98,7 @@ def assemble(
             delta=None if learned is None else DeltaEntry.of(DELTA, read_json(learned.directory / LEARNED)),
             members=members,
             bench=cells,
+            variant=read_json(formed.directory / CHOICE) if formed is not None else None,
             seconds=dict(seconds),
         ),
     )

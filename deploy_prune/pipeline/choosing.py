@@ -58,7 +58,7 @@ def choose_members(
         export,
         kinds=kinds,
         align=family.alignment,
-        cache=cache_root() / "latency",
+        cache=cache_root() / "latency" / f"{setup.recipe.export.variant}-{setup.recipe.export.opset}",
         progress=setup.progress,
     )
     table.save(directory / TABLE)

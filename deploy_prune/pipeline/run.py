@@ -19,6 +19,7 @@ from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
+from deploy_prune.pipeline.variant import variant_stage
 from deploy_prune.pipeline.workspace import (
     Mode,
     Stage,
@@ -83,6 +84,7 @@ def run_recipe(
         return Outcome(out, already=True)
     with open_workspace(out, mode, is_output=is_bundle, note=note) as workspace:
         setup, learned = delta_stage(workspace, setup)
+        setup, formed = variant_stage(workspace, setup)
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
         dense = dense_stage(workspace, setup)
@@ -90,12 +92,12 @@ def run_recipe(
         members = member_stages(workspace, setup, searched, moments, dense, chosen)
         timed = bench_stage(workspace, setup, dense, members)
         models = {stages.DENSE: dense, **members}
-        made = [stage for stage in (learned, searched, chosen, *models.values(), timed) if stage is not None]
+        made = [stage for stage in (learned, formed, searched, chosen, *models.values(), timed) if stage is not None]
         bundle = workspace.stage(
             "bundle",
             {"run": wanted, "parts": [stage.fingerprint for stage in made]},
             lambda directory: assemble(
-                directory, setup, wanted, searched, models, timed, workspace.seconds, chosen, learned
+                directory, setup, wanted, searched, models, timed, workspace.seconds, chosen, learned, formed
             ),
         )
         workspace.finish(bundle)

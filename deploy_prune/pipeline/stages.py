@@ -287,12 +287,18 @@ def planned_weights(setup: Setup, plan: PrunePlan, moments: Moments | None, basi
     return setup.model if basis is None else in_basis(setup.model, setup.sites, basis)
 
 
-def export(setup: Setup, model: nn.Module, onnx: Path, name: str) -> dict[str, Any]:
-    """Write one ONNX file and return the export's report."""
+def export(setup: Setup, model: nn.Module, onnx: Path, name: str, *, variant: str | None = None) -> dict[str, Any]:
+    """Write one ONNX file, in the form of the recipe's variant or of another, and return the export's report."""
     from converters.onnx_export import export_onnx
 
+    how = setup.recipe.export
     return export_onnx(
-        model, onnx, setup.task.signature, opset=setup.recipe.export.opset, metadata={"deploy_prune.member": name}
+        model,
+        onnx,
+        setup.task.signature,
+        opset=how.opset,
+        variant=variant or how.variant,  # type: ignore[arg-type]  # export_onnx refuses what is none
+        metadata={"deploy_prune.member": name},
     ).to_json()
 
 
@@ -327,13 +333,13 @@ def onnx_predictor(onnx: Path) -> Any:
 
 
 def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
-    """Every cell of the recipe's latency table; the dense model is the first of `files` and the baseline."""
+    """Every cell of the recipe's latency table; the first of `files` is the baseline."""
     from bench.inputs import graph_inputs, has_sequence, make_inputs
     from bench.runtimes import get_runtime
     from bench.timing import measure
 
     how, seed = setup.recipe.bench, setup.recipe.seed
-    specs = graph_inputs(files[DENSE])
+    specs = graph_inputs(next(iter(files.values())))
     lengths: Sequence[int | None] = how.seq or ([DEFAULT_SEQUENCE] if has_sequence(specs) else [None])
     reports = []
     for name in how.runtimes:

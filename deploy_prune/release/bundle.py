@@ -131,6 +131,7 @@ def member_from(name: str, exported: Mapping[str, Any], **fields: Any) -> Member
         sha256=exported["sha256"],
         bytes=exported["bytes"],
         opset=exported["opset"],
+        variant=exported["variant"],
         weight_bytes=sum(exported["initializers"]["weights"].values()),
         **fields,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.variants import DOMAINS
 from deploy_prune.release.manifest import DecoderEntry, Manifest, Member, TensorEntry, check_relative
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def _interface_problems(
         ]
         if want != got:
             yield f"{member.file} has {got}, the manifest says {want}"
-    if foreign := sorted({node.domain for node in graph.graph.node} - {"", "ai.onnx"}):
-        yield f"{member.file} uses operators of {', '.join(foreign)}"
+    variant = member.variant if isinstance(member, Member) else "plain"
+    if foreign := sorted({node.domain for node in graph.graph.node} - {*DOMAINS[variant], "ai.onnx"}):
+        yield f"{member.file} uses operators of {', '.join(foreign)}, which variant {variant} may not"
     if [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] != [member.opset]:
         yield f"{member.file} is not of opset {member.opset}"

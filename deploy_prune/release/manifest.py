@@ -209,7 +209,8 @@ class DecoderEntry(_Part):
 
 
 class Member(_Part):
-    """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly."""
+    """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly; `variant` says which
+    operators it may use (see converters/variants.py)."""
 
     name: Name
     file: Text
@@ -217,6 +218,7 @@ class Member(_Part):
     sha256: Sha256
     bytes: Count
     opset: Annotated[int, Field(ge=1)]
+    variant: Literal["plain", "standard", "ort"] = "plain"
     weight_bytes: Count
     plan: Text | None = None
     checkpoint: Text | None = None
@@ -251,7 +253,7 @@ class Manifest(_Part):
     """`members[0]` is the dense model. `files` has every file of the bundle but the manifest itself.
 
     `run` is the fingerprint of everything the bundle was made from; `bench` the cells of the latency table with their
-    self-checks.
+    self-checks; `variant` why the graphs have the form they have, where that was measured.
     """
 
     name: Name
@@ -266,6 +268,7 @@ class Manifest(_Part):
     delta: DeltaEntry | None = None
     members: Annotated[list[Member], Field(min_length=1, max_length=1000)]
     bench: Annotated[list[dict[str, Any]], Field(max_length=10_000)] = []
+    variant: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
     files: Annotated[dict[str, FileEntry], Field(max_length=100_000)] = {}
 

@@ -12,7 +12,19 @@ import click
 from deploy_prune.cli import console
 from deploy_prune.errors import UsageError
 
-TABLES = ("units", "not offered", "stays", "sites", "layers", "changes", "groups", "tensors", "members", "latency")
+TABLES = (
+    "units",
+    "not offered",
+    "stays",
+    "sites",
+    "layers",
+    "changes",
+    "groups",
+    "tensors",
+    "members",
+    "audit",
+    "latency",
+)
 LAYERS_AT = (0.1, 0.3, 0.5)  # sparsities shown where --plot is given without --at
 
 
@@ -199,6 +211,24 @@ def describe_recipe(source: str) -> dict[str, Any]:
     return {"type": "recipe", **recipe.resolved(), "members": [{"name": name} for name in recipe.family.member_names()]}
 
 
+def audit_rows(member: Any) -> list[dict[str, Any]]:
+    """What ONNX Runtime makes of a member: one row in all, and one for every layer whose fusion was lost."""
+    audit = member.audit
+    if audit is None:
+        return []
+    fused = sum(layer["heads"] is not None for layer in audit["layers"])
+    whole = {
+        "member": member.name,
+        "variant": member.variant,
+        "nodes": audit["nodes"],
+        "fused attentions": fused,
+        "nodes that move data": audit["moves"],
+        "weight bytes": member.weight_bytes,
+        "result": "passed" if audit["passed"] else "FAILED",
+    }
+    return [whole, *({"member": member.name, "result": problem} for problem in audit["problems"])]
+
+
 def describe_bundle(directory: str) -> dict[str, Any]:
     """The members of a bundle, as its manifest tells; `verify` says whether it is true."""
     from deploy_prune.pipeline.summary import rows, summary
@@ -218,4 +248,5 @@ def describe_bundle(directory: str) -> dict[str, Any]:
         "output": f"{manifest.output.name} {manifest.output.dtype}{manifest.output.shape}",
         "files": len(manifest.files),
         "members": [dict(zip(columns, row, strict=True)) for row in table],
+        "audit": [row for member in manifest.members for row in audit_rows(member)],
     }

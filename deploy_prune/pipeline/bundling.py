@@ -134,6 +134,7 @@ def _member(
         recovery=facts.get("recovery"),
         decoder=place_decoder(bundle, name, stage.directory, facts["decoder"], setup.recipe.parity.tolerance),
         parity=facts["parity"],
+        audit=facts["audit"],
         samples=SamplesEntry(file=samples, tolerance=setup.recipe.parity.tolerance),
         latency=latency,
         latency_fit=fit,

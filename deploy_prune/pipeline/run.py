@@ -232,7 +232,8 @@ def member_stages(
 
     path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
     plans = checked_plans(setup, path) if chosen is None else distributed.from_main(lambda: _chosen(chosen))
-    unread = stages.unread_bytes(setup, distributed.from_main(lambda: read_json(dense.directory / FACTS))["export"])
+    dense_facts = distributed.from_main(lambda: read_json(dense.directory / FACTS))
+    unread = stages.unread_bytes(setup, dense_facts["export"])
 
     @cache
     def loaded() -> Moments | None:
@@ -284,6 +285,7 @@ def member_stages(
                 directory,
                 unread_bytes=unread,
                 reference=_reference(dense),
+                dense_audit=dense_facts["audit"],
                 basis=path.basis,
                 recovered=recovered.directory if recovered else None,
             )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError, ParityError
+from deploy_prune.errors import DataError
 from deploy_prune.files import read_json
+from deploy_prune.pipeline.auditing import audit_of, check_bytes, stored_bytes
 from deploy_prune.pipeline.decoders import make_decoder
 from deploy_prune.pipeline.setup import Setup, tokenizer_of
 from deploy_prune.pipeline.workspace import fingerprint
@@ -190,10 +191,12 @@ def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
         parity = check_parity({"dense": setup.model, "onnx": onnx}, setup.task.signature, **parity_options(setup))
     with clock.step("quality"):
         quality = judge(setup, onnx, directory)
+    with clock.step("audit"):
+        audit = audit_of(setup, onnx)
     record_samples(directory / SAMPLES, setup.model, setup.task.signature, seed=setup.recipe.seed)
     with clock.step("decoder"):
         decoder = make_decoder(setup, setup.model, DENSE, directory)
-    facts = {"export": exported, "parity": parity.to_json(), "quality": quality, "decoder": decoder}
+    facts = {"export": exported, "parity": parity.to_json(), "quality": quality, "audit": audit, "decoder": decoder}
     return {**facts, "seconds": clock.seconds}
 
 
@@ -208,13 +211,15 @@ def make_member(
     reference: np.ndarray | None,
     basis: Basis | None = None,
     recovered: Path | None = None,
+    dense_audit: Any = None,
 ) -> dict[str, Any]:
     """Refit, cut, export, prove and judge one member; its files go to `directory`, its facts are returned.
 
     With `recovered`, the directory of its recovery, refit and cut are done, and the masked form was proved there.
     `basis` is that of the plan's path. `unread_bytes` are parameters that the task's function never reads (see
-    `unread_bytes`); `reference` holds the dense model's answers when the metric is agreement. Raises ParityError when
-    any two of the masked, compact and ONNX forms differ, or the file holds other weights than the plan announced.
+    `unread_bytes`); `reference` holds the dense model's answers when the metric is agreement, `dense_audit` the audit
+    of its graph. Raises ParityError when any two of the masked, compact and ONNX forms differ, or the file holds other
+    weights than the plan announced.
     """
     from converters.checkpoint import save_pruned
     from converters.parity import check_parity
@@ -240,7 +245,7 @@ def make_member(
     onnx = directory / f"{name}.onnx"
     with clock.step("export"):
         exported = export(setup, small, onnx, name)
-    _check_bytes(name, plan, exported, unread_bytes)
+    check_bytes(name, plan, exported, unread_bytes)
     with clock.step("parity"):
         parity = check_parity({**forms, "compact": small, "onnx": onnx}, signature, **parity_options(setup)).to_json()
     if earlier:
@@ -248,6 +253,8 @@ def make_member(
         parity |= {"pairs": first["pairs"] + parity["pairs"], "error": max(first["error"], parity["error"])}
     with clock.step("quality"):
         quality = judge(setup, onnx, directory, reference)
+    with clock.step("audit"):
+        audit = audit_of(setup, onnx, plan, dense_audit)
     record_samples(directory / SAMPLES, small, signature, seed=setup.recipe.seed)
     with clock.step("decoder"):
         decoder = make_decoder(setup, small, name, directory)
@@ -258,6 +265,7 @@ def make_member(
         "export": exported,
         "parity": parity,
         "quality": quality,
+        "audit": audit,
         "decoder": decoder,
         "recovery": earlier.get("recovery"),
         "seconds": {**earlier.get("seconds", {}), **clock.seconds},
@@ -292,14 +300,9 @@ def export(setup: Setup, model: nn.Module, onnx: Path, name: str, *, variant: st
     from converters.onnx_export import export_onnx
 
     how = setup.recipe.export
-    return export_onnx(
-        model,
-        onnx,
-        setup.task.signature,
-        opset=how.opset,
-        variant=variant or how.variant,  # type: ignore[arg-type]  # export_onnx refuses what is none
-        metadata={"deploy_prune.member": name},
-    ).to_json()
+    form: Any = variant or how.variant
+    about = {"deploy_prune.member": name}
+    return export_onnx(model, onnx, setup.task.signature, opset=how.opset, variant=form, metadata=about).to_json()
 
 
 def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None) -> dict[str, Any] | None:
@@ -375,25 +378,6 @@ def unread_bytes(setup: Setup, dense: Mapping[str, Any]) -> int:
     from deploy_prune.budget import BYTES_PER_PARAMETER, count_params
 
     return BYTES_PER_PARAMETER * count_params(setup.model) - stored_bytes(dense)
-
-
-def stored_bytes(exported: Mapping[str, Any]) -> int:
-    """Bytes of model weights in an exported file, by its report."""
-    return sum(exported["initializers"]["weights"].values())
-
-
-def _check_bytes(name: str, plan: PrunePlan, exported: Mapping[str, Any], unread: int) -> None:
-    """The file must hold exactly the weights that the plan announced."""
-    assert plan.achieved is not None
-    announced, stored = plan.achieved.bytes - unread, stored_bytes(exported)
-    if stored != announced:
-        raise ParityError(
-            "the exported weights are not those the plan announced",
-            where=name,
-            expected=f"{announced} bytes",
-            got=f"{stored} bytes",
-            remedy="A layer kept its old shape, or a weight is stored twice.",
-        )
 
 
 def _save_reference(reference: np.ndarray, directory: Path) -> None:

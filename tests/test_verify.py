@@ -14,8 +14,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
-from shipped import bundle_of
+from shipped import SIGNATURES, bundle_of
 
+from converters.onnx_export import export_onnx
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UsageError
 from deploy_prune.files import sha256_file
 from deploy_prune.release.bundle import walk
@@ -252,6 +253,15 @@ def test_graph_that_is_not_as_the_manifest_says_is_refused(bundle):
         "not of opset 19",
     ):
         assert words in text
+
+
+def test_operators_of_onnx_runtime_are_for_variant_ort_alone(bundle, tiny_vit):
+    report = export_onnx(tiny_vit, bundle / "models/dense.onnx", SIGNATURES["tiny_vit"], opset=20, variant="ort")
+    rehash(bundle, dense={"opset": 20, "variant": "ort"})
+    assert verify(bundle).members[0].name == "dense" and report.variant == "ort"
+    rehash(bundle, dense={"variant": "standard"})
+    with pytest.raises(ArtifactError, match=r"operators of com.microsoft, which variant standard may not"):
+        verify(bundle)
 
 
 def test_file_that_is_not_onnx_is_refused(bundle):

@@ -235,18 +235,18 @@ def main(
                 click.echo(f"  {sizes} {latency.name:32} {latency.p50_ms:9.2f} ms  {written(latency.ratio)}")
             click.echo(f"  {found}")
             cells.append({**report.to_json(), "verdict": found})
-        result: Mapping[str, Any] = {
-            "recipe": recipe,
-            "clock": clock,
-            "threads": threads,
-            "errors": errors(work),
-            "failed": work.failed,
-            "cells": cells,
-            "environment": environment(),
-            "versions": package_versions(),
-        }
-    if out is not None:
-        write_json(out, result)
+            result: Mapping[str, Any] = {
+                "recipe": recipe,
+                "clock": clock,
+                "threads": threads,
+                "errors": errors(work),
+                "failed": work.failed,
+                "cells": cells,
+                "environment": environment(),
+                "versions": package_versions(),
+            }
+            if out is not None:
+                write_json(out, result)  # after every cell: a long study may be stopped
 
 
 if __name__ == "__main__":

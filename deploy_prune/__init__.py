@@ -30,6 +30,7 @@ _WHERE = {
     "search": "deploy_prune.methods",
     "SolutionPath": "deploy_prune.path",
     "PrunePlan": "deploy_prune.plan",
+    "uniform_plan": "deploy_prune.uniform",
     "refit": "deploy_prune.refitting",
     "recover": "deploy_prune.recovery",
     "train_dynamic": "deploy_prune.dynamic.trained",
@@ -40,6 +41,7 @@ _WHERE = {
     "compact": "converters.surgery",
     "save_pruned": "converters.checkpoint",
     "load_pruned": "converters.checkpoint",
+    "save_stock": "converters.stock",
     "save_apart": "converters.adapters_apart",
     "load_apart": "converters.adapters_apart",
     "export_onnx": "converters.onnx_export",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from converters.decoder_parity import check_decoder
     from converters.onnx_export import export_onnx
     from converters.parity import check_parity
+    from converters.stock import save_stock
     from converters.surgery import compact
     from deploy_prune.adapters import find_sites
     from deploy_prune.data import load_data
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from deploy_prune.release.versions import compare_bundles
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import Batch, Quality, Task, load_task
+    from deploy_prune.uniform import uniform_plan
     from deploy_prune.units import Site, UnitKind
 
 

@@ -119,7 +119,7 @@ class SolutionPath:
 
         Raises UsageError for a target outside its range, BudgetError naming the best reachable.
         """
-        value = self._check_target(sparsity, budget, value, align)
+        value = self.check_target(sparsity, budget, value, align)
         chosen = self.kinds(kinds)
         units = _Units.of(self.sites, self.costs, chosen)
         score = np.concatenate(
@@ -216,7 +216,7 @@ class SolutionPath:
             units=by_kind,
         )
 
-    def _check_target(self, sparsity: float | None, budget: str, value: float | None, align: int) -> float:
+    def check_target(self, sparsity: float | None, budget: str, value: float | None, align: int) -> float:
         if budget not in BUDGETS:
             raise UsageError(f"unknown budget {budget!r}", remedy=did_you_mean(budget, BUDGETS))
         if sparsity is not None:

@@ -82,7 +82,8 @@ class FamilyPart(Part):
 
     A target below 1 is a share of the dense model, otherwise an absolute number. `budget: latency` takes milliseconds
     per call, `budget: speedup` times as fast as dense, both as measured under `latency`. `align` null is 8 for these
-    two, else 1.
+    two, else 1. `layout: uniform` keeps equally many units in every layer and also leaves every member as an ordinary
+    checkpoint, in `stock/NAME`; `kinds` null are then those that the model's stock class can say.
     """
 
     sparsities: list[Share] | None = None
@@ -90,6 +91,7 @@ class FamilyPart(Part):
     targets: list[Positive] | None = None
     kinds: list[Literal["head", "neuron", "qk", "vo"]] | None = None
     align: Count | None = None
+    layout: Literal["free", "uniform"] = "free"
     latency: LatencyPart = LatencyPart()
 
     @model_validator(mode="after")
@@ -106,6 +108,10 @@ class FamilyPart(Part):
             raise ValueError("expected sparsities between 0 and 1, both excluded")
         if self.budget == "speedup" and any(value <= 1 for value in self.values):
             raise ValueError("expected speed-ups above 1: 2 is half the dense model's time")
+        if self.layout == "uniform" and self.budget in MEASURED:
+            raise ValueError(
+                f"`layout: uniform` goes with a budget of sparsity, params, macs or bytes, not {self.budget}"
+            )
         names = self.member_names()
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two members would be called {', '.join(doubled)}; choose targets further apart")
@@ -241,6 +247,8 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _one_training(self) -> Recipe:
+        if self.dynamic.enabled and self.family.layout == "uniform":
+            raise ValueError("expected `family.layout: free` with `dynamic.enabled`, which changes layers one by one")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
         return self

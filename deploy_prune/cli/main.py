@@ -35,6 +35,7 @@ COMMANDS = {
     "diff": "Learn what a task changes of a frozen base model: a sparse task delta.",
     "delta": "Apply, subtract, inspect or export a task delta.",
     "bench": "Time ONNX models against each other on a runtime.",
+    "plan": "Import, export and cut plans, also those of other tools.",
     "generate": "Write on from a prompt with a decoder of a bundle, by onnxruntime alone.",
     "verify": "Check a bundle: hashes, graphs, outputs on stored inputs.",
     "sign": "Sign a bundle with a key or a sigstore identity.",

@@ -14,6 +14,7 @@ from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.learning import DELTA, LEARNED
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
+from deploy_prune.pipeline.uniform import STOCK
 from deploy_prune.pipeline.variant import CHOICE
 from deploy_prune.pipeline.workspace import Stage
 
@@ -117,7 +118,7 @@ def _member(
     if exported["external"]:
         _link(bundle, f"models/{exported['external']}", stage.directory / exported["external"])
     samples = _link(bundle, f"samples/{name}.safetensors", stage.directory / SAMPLES)
-    checkpoint, adapters, history = (stage.directory / part for part in (CHECKPOINT, APART, HISTORY))
+    checkpoint, adapters, history, stock = (stage.directory / part for part in (CHECKPOINT, APART, HISTORY, STOCK))
     scores = stage.directory / SCORES
     plan = None if name == DENSE else PrunePlan.load(stage.directory / PLAN)
     return member_from(
@@ -125,6 +126,7 @@ def _member(
         exported,
         plan=None if plan is None else _link(bundle, f"plans/{name}.json", stage.directory / PLAN),
         checkpoint=_link(bundle, f"checkpoints/{name}", checkpoint) if checkpoint.is_dir() else None,
+        stock=_link(bundle, f"stock/{name}", stock) if stock.is_dir() else None,
         adapters=_link(bundle, f"adapters/{name}", adapters) if adapters.is_dir() else None,
         history=_link(bundle, f"plans/{name}.history.json", history) if history.is_file() else None,
         asked=plan.asked if plan else None,

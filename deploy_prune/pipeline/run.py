@@ -19,6 +19,7 @@ from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
+from deploy_prune.pipeline.uniform import check_uniform
 from deploy_prune.pipeline.variant import variant_stage
 from deploy_prune.pipeline.workspace import (
     Mode,
@@ -71,6 +72,7 @@ def run_recipe(
     distributed.from_main(lambda: refuse_foreign(out, work_directory(out), mode, is_bundle))
     setup = prepare(recipe, progress)
     _check_lengths(setup)
+    check_uniform(setup)
     if path is not None and recipe.diff.enabled:
         raise UsageError(
             "a path of before cannot be of the model that is yet to be learned",

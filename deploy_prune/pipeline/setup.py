@@ -80,6 +80,7 @@ def check_names(recipe: Recipe) -> None:
 
     from bench.runtimes import RUNTIMES
     from deploy_prune.methods import METHODS
+    from deploy_prune.plan_path import GIVEN
     from deploy_prune.recipe_text import explain
     from deploy_prune.recovery.options import check_fits
     from deploy_prune.tasks import TASKS, task_class
@@ -95,7 +96,9 @@ def check_names(recipe: Recipe) -> None:
             for name in recipe.task.options
             if name not in known
         ]
-    if recipe.search.method not in METHODS:
+    if recipe.search.method == GIVEN:
+        pass  # nothing is searched
+    elif recipe.search.method not in METHODS:
         known = list(METHODS)
         problems.append(
             f"search.method: unknown method {recipe.search.method!r}. {did_you_mean(recipe.search.method, known)}"

@@ -18,6 +18,7 @@ from deploy_prune.files import read_json
 from deploy_prune.pipeline.auditing import audit_of, check_bytes, stored_bytes
 from deploy_prune.pipeline.decoders import make_decoder
 from deploy_prune.pipeline.setup import Setup, tokenizer_of
+from deploy_prune.pipeline.uniform import leave_stock, member_plan
 from deploy_prune.pipeline.workspace import fingerprint
 
 if TYPE_CHECKING:
@@ -171,11 +172,8 @@ def emphasis_of(setup: Setup) -> dict[str, Any]:
 def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
     """Name -> plan of every member, largest first. Raises BudgetError for a target no plan of the path reaches."""
     family = setup.recipe.family
-    assert family.budget != "latency" and family.budget != "speedup"  # pipeline/choosing.py makes those
-    return {
-        name: path.plan(budget=family.budget, value=value, kinds=family.kinds, align=family.alignment)
-        for name, value in zip(family.member_names(), family.values, strict=True)
-    }
+    named = zip(family.member_names(), family.values, strict=True)
+    return {name: member_plan(setup, path, value) for name, value in named}
 
 
 def export_dense(setup: Setup, directory: Path) -> dict[str, Any]:
@@ -258,6 +256,8 @@ def make_member(
     record_samples(directory / SAMPLES, small, signature, seed=setup.recipe.seed)
     with clock.step("decoder"):
         decoder = make_decoder(setup, small, name, directory)
+    with clock.step("stock"):
+        leave_stock(setup, small, directory)
     if setup.recipe.export.checkpoints:
         with clock.step("checkpoint"):
             save_pruned(small, plan, directory / CHECKPOINT, base_model=plan.model, tokenizer=tokenizer_of(setup))

@@ -222,6 +222,7 @@ class Member(_Part):
     weight_bytes: Count
     plan: Text | None = None
     checkpoint: Text | None = None
+    stock: Text | None = None
     adapters: Text | None = None
     history: Text | None = None
     asked: Target | None = None
@@ -237,7 +238,7 @@ class Member(_Part):
     audit: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
 
-    @field_validator("file", "external", "plan", "checkpoint", "adapters", "history", "scores")
+    @field_validator("file", "external", "plan", "checkpoint", "stock", "adapters", "history", "scores")
     @classmethod
     def _relative(cls, path: str | None) -> str | None:
         return None if path is None else check_relative(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from decoders import tokenizer, written
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +24,7 @@ from deploy_prune.release.verify import verify
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a GPT-2 of one layer: the dense model and one member without its best query/key dimensions."""
+    """Of a GPT-2 of one layer: the dense model and one member, in the uniform layout."""
     from conftest import randomize
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -41,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": f"hf:{room / 'model'}",
         "task": {"name": "causal-lm", "calibration": f"text:{room / 'text.txt'}", "options": {"length": 32}},
         "search": {"method": "magnitude"},
-        "family": {"sparsities": [0.3]},
+        "family": {"sparsities": [0.3], "layout": "uniform"},
         "refit": {"examples": 16},
         "export": {"cache": True, "checkpoints": True},
         "bench": {"enabled": False},
@@ -75,6 +76,19 @@ def test_generate_writes_what_the_checkpoint_writes_in_torch(bundle: Path, capsy
     assert [line["tokens"] for line in texts] == expected
     assert run_command(["generate", str(bundle / "decoders/s30/model.onnx"), "--prompt", "w4", "--tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("w4")
+
+
+def test_a_uniform_member_is_also_an_ordinary_checkpoint(bundle: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    from converters.checkpoint import load_pruned
+
+    stock = GPT2LMHeadModel.from_pretrained(bundle / "stock/s30")
+    assert stock.config.n_inner < 48
+    assert (bundle / "stock/s30/tokenizer.json").is_file()
+    ids = torch.tensor([[9, 4, 70, 11]])
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, load_pruned(bundle / "checkpoints/s30")(ids).logits)
 
 
 def test_generate_imports_neither_torch_nor_transformers(bundle: Path) -> None:

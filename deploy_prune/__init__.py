@@ -31,6 +31,8 @@ _WHERE = {
     "SolutionPath": "deploy_prune.path",
     "PrunePlan": "deploy_prune.plan",
     "uniform_plan": "deploy_prune.uniform",
+    "import_plan": "deploy_prune.foreign",
+    "export_plan": "deploy_prune.foreign",
     "refit": "deploy_prune.refitting",
     "recover": "deploy_prune.recovery",
     "train_dynamic": "deploy_prune.dynamic.trained",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from deploy_prune.errors import DeployPruneError
     from deploy_prune.latency.api import latency_plans
     from deploy_prune.latency.place import Place
+    from deploy_prune.foreign import export_plan, import_plan
     from deploy_prune.methods import search
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline import run_recipe

@@ -86,9 +86,9 @@ if TYPE_CHECKING:
     from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.dynamic.trained import train_dynamic
     from deploy_prune.errors import DeployPruneError
+    from deploy_prune.foreign import export_plan, import_plan
     from deploy_prune.latency.api import latency_plans
     from deploy_prune.latency.place import Place
-    from deploy_prune.foreign import export_plan, import_plan
     from deploy_prune.methods import search
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline import run_recipe

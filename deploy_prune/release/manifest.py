@@ -155,7 +155,7 @@ class DeltaEntry(_Part):
     fit: Name
     changed: Count
     share: float
-    metric: Name
+    metric: Metric
     before: float
     after: float
     seconds: float

@@ -13,6 +13,7 @@ runtime, so that its fusions and its cold weights are in it.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json, write_json
 
-TYPE, VERSION = "latency-table", 1
+TYPE, VERSION = "latency-table", 2  # 2: a point in the middle says how kinds act on each other
 # How many units of each kind a site keeps, in the order of the site's kinds: (2, 32, 64).
 Widths = tuple[int, ...]
 _FLOOR = 0.02  # of the whole site's time: below this an extrapolation is noise
@@ -32,14 +33,16 @@ class SiteTimes:
     """Milliseconds that one site of a shape takes at the widths that were measured.
 
     `SiteTimes(("head", "qk", "vo"), (12, 64, 64), ("layers.0.attn", ...), {(12, 64, 64): 3.1, (6, 64, 64): 1.6, ...})`.
-    `points` holds the whole site and, for each kind, a ladder of widths at which the others are whole. `checks` are
-    points between the ladders; they say how good the table is and take no part in it.
+    `points` holds the whole site and, for each kind, a ladder of widths at which the others are whole. `middle`, one
+    point off all ladders where a site has two kinds inside its heads, says how much of what each saves alone both save
+    together. `checks` are further points; they say how good the table is and take no part in it.
     """
 
     kinds: tuple[str, ...]
     full: Widths
     sites: tuple[str, ...]
     points: Mapping[Widths, float]
+    middle: Mapping[Widths, float] = field(default_factory=dict)
     checks: Mapping[Widths, float] = field(default_factory=dict)
 
     def ladder(self, axis: int) -> list[tuple[int, float]]:
@@ -50,18 +53,30 @@ class SiteTimes:
     def ms(self, widths: Sequence[int]) -> float:
         """Time at any widths; 0 when the first kind, without which there is no sublayer, has none.
 
-        With c the first kind's count and C all of it, the ladder of the first kind is scaled by nothing, and what the
-        other kinds save on theirs is saved c/C times: dimensions lie in every head.
+        With c of C units of the first kind and s_k what kind k saves on its ladder,
+            t = t_1(c) − c/C · (Σ_k s_k − β Π_k s_k),
+        as dimensions lie in every head; β is such that the middle comes out as it was measured (0 without one).
         """
         if not widths[0]:
             return 0.0
-        whole = self.points[self.full]
-        total = _between(self.ladder(0), widths[0])
         share = widths[0] / self.full[0]
-        for axis in range(1, len(self.full)):
-            if widths[axis] != self.full[axis]:
-                total += share * (_between(self.ladder(axis), widths[axis]) - whole)
-        return max(total, _FLOOR * share * whole)
+        total = self._apart(widths)
+        for widths_of_middle, ms in self.middle.items():
+            there = widths_of_middle[0] / self.full[0] * self._product(widths_of_middle)
+            if there > 0:
+                total += (ms - self._apart(widths_of_middle)) * share * self._product(widths) / there
+        return max(total, _FLOOR * share * self.points[self.full])
+
+    def _apart(self, widths: Sequence[int]) -> float:
+        """The time if what the kinds save added up."""
+        saved = sum(self._saved(axis, widths[axis]) for axis in range(1, len(self.full)))
+        return _between(self.ladder(0), widths[0]) - widths[0] / self.full[0] * saved
+
+    def _saved(self, axis: int, width: int) -> float:
+        return 0.0 if width == self.full[axis] else self.points[self.full] - _between(self.ladder(axis), width)
+
+    def _product(self, widths: Sequence[int]) -> float:
+        return math.prod(self._saved(axis, widths[axis]) for axis in range(1, len(self.full)))
 
     def misses(self) -> dict[Widths, float]:
         """By how much of the whole site's time each check point was mispredicted (signed)."""
@@ -74,14 +89,15 @@ class SiteTimes:
             "full": list(self.full),
             "sites": list(self.sites),
             "points": [[list(widths), ms] for widths, ms in sorted(self.points.items())],
+            "middle": [[list(widths), ms] for widths, ms in sorted(self.middle.items())],
             "checks": [[list(widths), ms] for widths, ms in sorted(self.checks.items())],
             "misses": [[list(widths), miss] for widths, miss in sorted(self.misses().items())],
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> SiteTimes:
-        points, checks = ({tuple(w): float(ms) for w, ms in data[part]} for part in ("points", "checks"))
-        return SiteTimes(tuple(data["kinds"]), tuple(data["full"]), tuple(data["sites"]), points, checks)
+        parts = ({tuple(w): float(ms) for w, ms in data[part]} for part in ("points", "middle", "checks"))
+        return SiteTimes(tuple(data["kinds"]), tuple(data["full"]), tuple(data["sites"]), *parts)
 
 
 @dataclass(frozen=True)

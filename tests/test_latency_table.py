@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ ATTENTION = SiteTimes(
     (4, 16, 16),
     ("a0", "a1"),
     {(4, 16, 16): 8.0, (1, 16, 16): 2.0, (2, 16, 16): 4.0, (4, 8, 16): 6.0, (4, 16, 8): 7.0},
-    {(2, 8, 8): 2.5},
+    checks={(2, 8, 8): 2.5},
 )
 NEURONS = SiteTimes(("neuron",), (64,), ("m0", "m1"), {(64,): 4.0, (8,): 1.0, (32,): 2.0})
 
@@ -45,6 +46,15 @@ def test_what_dimensions_save_is_saved_in_every_kept_head() -> None:
     assert ATTENTION.ms((4, 8, 8)) == pytest.approx(8 - 2 - 1)
     assert ATTENTION.ms((2, 8, 8)) == pytest.approx(4 - 1 - 0.5)
     assert ATTENTION.misses() == {(2, 8, 8): pytest.approx(0.0)}
+
+
+def test_a_middle_tells_how_much_of_what_kinds_save_apart_they_save_together() -> None:
+    with_middle = replace(ATTENTION, middle={(2, 8, 8): 3.0}, checks={(4, 8, 8): 6.0})
+    assert with_middle.ms((2, 8, 8)) == pytest.approx(3.0)
+    assert with_middle.ms((4, 8, 8)) == pytest.approx(8 - 2 - 1 + 2 * 0.5)
+    assert with_middle.ms((4, 8, 16)) == 6.0 and with_middle.ms((2, 16, 16)) == 4.0  # ladders stay as measured
+    assert with_middle.misses() == {(4, 8, 8): pytest.approx(0.0)}
+    assert SiteTimes.from_json(with_middle.to_json()) == with_middle
 
 
 def test_no_width_is_free_however_far_the_ladders_reach() -> None:

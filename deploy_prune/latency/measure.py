@@ -112,10 +112,13 @@ def _measured(
 ) -> LatencyTable:
     began = time.monotonic()
     ladders = [_first(shape, kinds) for shape in shapes]
-    checks = [_check_widths(shape, kinds) for shape in shapes]
+    middles = [_middle(shape, kinds) for shape in shapes]
+    checks = [[(shape.full[0], *w[1:]) for w in middle] for shape, middle in zip(shapes, middles, strict=True)]
     wanted: list[tuple[str, Any]] = [(_REST, {})]
     for number, shape in enumerate(shapes):
-        wanted += [(_name(number, w), at_widths(shape, w)) for w in [*ladders[number], *checks[number]]]
+        wanted += [
+            (_name(number, w), at_widths(shape, w)) for w in [*ladders[number], *middles[number], *checks[number]]
+        ]
     work.take(wanted)
     further = []
     for number, (shape, times) in enumerate(zip(shapes, _times(work, shapes, ladders), strict=True)):
@@ -137,13 +140,17 @@ def _measured(
     return LatencyTable(
         dense,
         rest,
-        tuple(_times(work, shapes, ladders, checks)),
+        tuple(_times(work, shapes, ladders, middles, checks)),
         {**facts, "probes": count, "seconds": round(time.monotonic() - began, 1)},
     )
 
 
 def _times(
-    work: _Work, shapes: Sequence[Shape], ladders: list[list[Widths]], checks: list[list[Widths]] | None = None
+    work: _Work,
+    shapes: Sequence[Shape],
+    ladders: list[list[Widths]],
+    middles: list[list[Widths]] | None = None,
+    checks: list[list[Widths]] | None = None,
 ) -> list[SiteTimes]:
     """What one site of each shape takes at the measured widths; differences below nothing are noise, and count 0."""
     dense_ms, rest = statistics.median(work.dense_ms), work.shares[_REST]
@@ -156,8 +163,7 @@ def _times(
             tuple(kind.value for kind in shape.kinds),
             shape.full,
             tuple(site.name for site in shape.sites),
-            {w: ms(number, shape, w) for w in ladders[number]},
-            {w: ms(number, shape, w) for w in checks[number]} if checks else {},
+            *({w: ms(number, shape, w) for w in part[number]} if part else {} for part in (ladders, middles, checks)),
         )
         for number, shape in enumerate(shapes)
     ]
@@ -172,14 +178,14 @@ def _first(shape: Shape, kinds: Sequence[UnitKind] | None) -> list[Widths]:
     return list(found)
 
 
-def _check_widths(shape: Shape, kinds: Sequence[UnitKind] | None) -> list[Widths]:
-    """One point off the ladders, half of everything, where a site has more than one kind to cut."""
+def _middle(shape: Shape, kinds: Sequence[UnitKind] | None) -> list[Widths]:
+    """One point off the ladders, half of everything, where a site has two kinds to cut inside its heads."""
     half = tuple(
         max(step, round(full / 2 / step) * step) if kinds is None or kind in kinds else full
         for kind, full, step in zip(shape.kinds, shape.full, shape.steps, strict=True)
     )
-    off = sum(a != b for a, b in zip(half, shape.full, strict=True)) > 1
-    return [half] if off else []
+    inside = len(half) > 2 and all(a != b for a, b in zip(half, shape.full, strict=True))
+    return [half] if inside else []
 
 
 def _bends(shape: Shape, times: SiteTimes) -> list[Widths]:

@@ -46,9 +46,11 @@ class SiteTimes:
     checks: Mapping[Widths, float] = field(default_factory=dict)
 
     def ladder(self, axis: int) -> list[tuple[int, float]]:
-        """(width, ms) of one kind, rising, the others whole."""
+        """(width, ms) of one kind, rising, the others whole. A wider site is no faster: where it was measured so,
+        neighbours are averaged, as a choice would pick just the widths that noise flatters."""
         others = [i for i in range(len(self.full)) if i != axis]
-        return sorted((w[axis], ms) for w, ms in self.points.items() if all(w[i] == self.full[i] for i in others))
+        own = sorted((w[axis], ms) for w, ms in self.points.items() if all(w[i] == self.full[i] for i in others))
+        return list(zip((width for width, _ in own), _rising([ms for _, ms in own]), strict=True))
 
     def ms(self, widths: Sequence[int]) -> float:
         """Time at any widths; 0 when the first kind, without which there is no sublayer, has none.
@@ -73,7 +75,8 @@ class SiteTimes:
         return _between(self.ladder(0), widths[0]) - widths[0] / self.full[0] * saved
 
     def _saved(self, axis: int, width: int) -> float:
-        return 0.0 if width == self.full[axis] else self.points[self.full] - _between(self.ladder(axis), width)
+        ladder = self.ladder(axis)
+        return 0.0 if width == self.full[axis] else ladder[-1][1] - _between(ladder, width)
 
     def _product(self, widths: Sequence[int]) -> float:
         return math.prod(self._saved(axis, widths[axis]) for axis in range(1, len(self.full)))
@@ -185,6 +188,17 @@ def next_rungs(ladder: Iterable[tuple[int, float]], step: int, whole_ms: float) 
         if abs(at_b - line) > BEND * whole_ms:
             new |= {round((low + high) / 2 / step) * step for low, high in ((a, b), (b, c))}
     return sorted(new - {width for width, _ in rungs} - {0})
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in least squares."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, na), (b, nb) = pools[-2:]
+            pools[-2:] = [((a * na + b * nb) / (na + nb), na + nb)]
+    return [value for value, count in pools for _ in range(count)]
 
 
 def _between(ladder: Sequence[tuple[int, float]], width: int) -> float:

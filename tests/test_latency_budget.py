@@ -254,6 +254,22 @@ def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clock
     assert json.loads(json.dumps(fit.to_json()))["met"] is True
 
 
+def test_of_all_candidates_the_one_that_loses_least_is_taken_and_the_path_is_among_them(path: SolutionPath) -> None:
+    search = a_search(path, a_table(path))
+    found = search.candidates(ASKED, 6.0)
+    assert "path" in found and len(found) == 4
+    for name in found:
+        picked = replace(search, loss_of=lambda plan, name=name: float(plan.keep != found[name].keep)).best(ASKED, 6.0)
+        assert picked[0].keep == found[name].keep
+    assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
+
+
+def test_a_steeper_density_spares_the_last_units_more_and_rises_on_beyond_its_knots() -> None:
+    curve = LossCurve((0.1, 0.5), (1.0, 10.0))
+    assert curve.steeper(2.0).density == (1.0, 100.0)
+    assert curve.at(np.array([0.0, 0.1, 0.5, 0.9])) == pytest.approx([1.0, 1.0, 10.0, 100.0])
+
+
 def test_counts_of_a_choice_name_every_site(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
     options = search.options()

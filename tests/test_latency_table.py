@@ -57,6 +57,11 @@ def test_a_middle_tells_how_much_of_what_kinds_save_apart_they_save_together() -
     assert SiteTimes.from_json(with_middle.to_json()) == with_middle
 
 
+def test_a_wider_site_is_no_faster_whatever_noise_says() -> None:
+    noisy = SiteTimes(("neuron",), (64,), ("m",), {(64,): 8.0, (48,): 5.0, (32,): 6.0, (8,): 1.0})
+    assert noisy.ladder(0) == [(8, 1.0), (32, 5.5), (48, 5.5), (64, 8.0)]
+
+
 def test_no_width_is_free_however_far_the_ladders_reach() -> None:
     steep = SiteTimes(("neuron",), (64,), ("m",), {(64,): 4.0, (32,): 1.0})
     assert 0 < steep.ms((8,)) < 0.1

@@ -90,8 +90,9 @@ def main(
         cache=cache_root() / "latency",
         progress=progress,
     )
-    curve = loss_curve(path, losses_of(setup, path, moments), progress=progress)
-    search = Search(path, table, curve, place, tuple(kind.value for kind in path.kinds()), align)
+    loss_of = losses_of(setup, path, moments)
+    curve = loss_curve(path, loss_of, progress=progress)
+    search = Search(path, table, curve, place, tuple(kind.value for kind in path.kinds()), align, loss_of)
     plans, fits = fit_plans(
         search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=progress
     )

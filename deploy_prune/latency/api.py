@@ -71,8 +71,9 @@ def latency_plans(
         cache=cache_root() / "latency",
         progress=progress,
     )
-    curve = loss_curve(path, distance_of(model, path.sites, task, weights_of), kinds=kinds, progress=progress)
-    search = Search(path, table, curve, place, tuple(kind.value for kind in chosen), align)
+    loss_of = distance_of(model, path.sites, task, weights_of)
+    curve = loss_curve(path, loss_of, kinds=kinds, progress=progress)
+    search = Search(path, table, curve, place, tuple(kind.value for kind in chosen), align, loss_of)
     plans, fits = fit_plans(
         search, {f"{value!r}": (budget, value) for value in values}, model, export, progress=progress
     )

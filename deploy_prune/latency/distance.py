@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deploy_prune.errors import GateError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from deploy_prune.plan import PrunePlan
@@ -26,17 +27,19 @@ def distance_of(
     examples: int = EXAMPLES,
     batch_size: int = 32,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Callable[[PrunePlan], float]:
     """The mean of `task.distance` between `model` and the masked model of a plan, over calibration examples.
 
-    `weights_of` gives a plan's dense-shaped weights, refitted or not. All is computed on the device of `model`. Raises
-    GateError when a plan's outputs are not finite.
+    `weights_of` gives a plan's dense-shaped weights, refitted or not. All is computed on `device`, by default that of
+    `model`, where the model stays. Raises GateError when a plan's outputs are not finite.
     """
     import torch
 
     from deploy_prune.gates import masked
 
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
+    device = device or home
     limit = min(examples, task.calibration_size)
     batches = [batch.to(device) for batch in task.calibration(batch_size, limit, seed)]
 
@@ -44,12 +47,14 @@ def distance_of(
         with torch.no_grad():
             return [task.signature.call(source, batch.inputs).float() for batch in batches]
 
-    dense = outputs(model.eval())
+    dense = outputs(model.eval().to(device))
+    model.to(home)
 
     def distance(plan: PrunePlan) -> float:
         source = weights_of(plan).to(device).eval()
         with masked(source, sites, plan):
             own = outputs(source)
+        source.to(home)
         each = [task.distance(o, d, b).flatten() for o, d, b in zip(own, dense, batches, strict=True)]
         mean = float(torch.cat(each).mean())
         if not mean < float("inf"):

@@ -1,5 +1,9 @@
 """From asked latencies to plans: chosen by the table, measured as whole models, corrected once.
 
+How much dearer the last units to leave are than the first is the weak side of losses taken along a path. So the
+choice is made with several steepnesses of the loss density, the path's own plan at that latency stands beside them, and
+the one whose refitted model really loses least on calibration data is taken (ZipLM and SPDY search likewise).
+
 The table's prediction of a plan is checked on the plan's own graph, timed interleaved with the dense model. Where it
 was off, the limit is moved by as much as it was off and the choice made again; the new graph is measured too, and what
 was predicted and measured is kept with the plan.
@@ -8,7 +12,7 @@ was predicted and measured is kept with the plan.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
 
 MIN_ROUNDS = 40
+STEEPNESSES = (1.0, 2.0, 4.0)
 CLOSE = 0.02  # a prediction this near is not corrected: the measurement is no better
 TAKEN = 0.03  # above the limit by more than this the target counts as missed
 
@@ -54,6 +59,7 @@ class Fit:
     ratio: tuple[float, float, float]
     corrected: bool
     trusted: bool
+    chosen_by: str = ""
 
     @property
     def met(self) -> bool:
@@ -74,6 +80,7 @@ class Fit:
             "corrected": self.corrected,
             "trusted": self.trusted,
             "met": self.met,
+            "chosen_by": self.chosen_by,
         }
 
 
@@ -87,9 +94,32 @@ class Search:
     place: Place
     kinds: tuple[str, ...]
     align: int
+    loss_of: Callable[[PrunePlan], float] | None = None
 
-    def options(self) -> list[Options]:
-        return options_of(self.path, self.table, self.curve, kinds=self.kinds, align=self.align)
+    def options(self, steepness: float = 1.0) -> list[Options]:
+        curve = self.curve.steeper(steepness)
+        return options_of(self.path, self.table, curve, kinds=self.kinds, align=self.align)
+
+    def candidates(self, asked: Target, limit_ms: float) -> dict[str, PrunePlan]:
+        """Plans within a limit by the table, by how they were chosen. Raises BudgetError when there is none."""
+        found = {
+            f"steepness {power:g}": plan_within(self, self.options(power), asked, limit_ms) for power in STEEPNESSES
+        }
+        own = path_plan_within(self, asked, limit_ms)
+        return found if own is None else {**found, "path": own}
+
+    def best(self, asked: Target, limit_ms: float) -> tuple[PrunePlan, str]:
+        """The candidate that loses least, measured where `loss_of` is given, and how it was chosen."""
+        found = self.candidates(asked, limit_ms)
+        if self.loss_of is None:
+            name = next(iter(found))
+            return found[name], name
+        losses: dict[str, float] = {}
+        for name, plan in found.items():
+            same = next((other for other in losses if found[other].keep == plan.keep), None)
+            losses[name] = losses[same] if same is not None else self.loss_of(plan)
+        name = min(losses, key=lambda n: losses[n])
+        return found[name], name
 
 
 def limit_of(budget: Measured, value: float, dense_ms: float) -> float:
@@ -137,14 +167,14 @@ def fit_plans(
     """The plan of every named target, and how far it can be trusted. All first choices are measured together, and so
     are the corrected ones. Raises BudgetError for the first target out of reach, UsageError for one that asks nothing.
     """
-    options = search.options()
     table = search.table
     asked = {
         name: Target(budget=budget, value=value, kinds=search.kinds, align=search.align)
         for name, (budget, value) in targets.items()
     }
     limits = {name: limit_of(t.budget, t.value, table.dense_ms) for name, t in asked.items()}  # type: ignore[arg-type]
-    plans = {name: plan_within(search, options, target, limits[name]) for name, target in asked.items()}
+    best = {name: search.best(target, limits[name]) for name, target in asked.items()}
+    plans = {name: plan for name, (plan, _) in best.items()}
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
         check = _Check(model, search, export, Path(scratch), progress)
         fits = check.fits(plans, asked, dict.fromkeys(plans, 1.0))
@@ -154,13 +184,32 @@ def fit_plans(
             # against the dense model of the check, not of the table: the machine may be slower today
             limit = limit_of(targets[name][0], targets[name][1], fits[name].dense)
             wanted = limit / factor * table.dense_ms / fits[name].dense
-            plans[name] = plan_within(search, options, asked[name], min(wanted, table.dense_ms))
+            best[name] = search.best(asked[name], min(wanted, table.dense_ms))
+            plans[name] = best[name][0]
         if again:
             fits |= {
                 name: replace(fit, corrected=True)
                 for name, fit in check.fits({name: plans[name] for name in again}, asked, again).items()
             }
-    return plans, fits
+    return plans, {name: replace(fit, chosen_by=best[name][1]) for name, fit in fits.items()}
+
+
+def path_plan_within(search: Search, asked: Target, limit_ms: float) -> PrunePlan | None:
+    """The path's own aligned plan that is largest within `limit_ms` by the table; None when none is."""
+    path, low, high = search.path, 0.0, 1.0
+    found = None
+    for _ in range(12):
+        middle = (low + high) / 2
+        try:
+            plan = path.plan(middle, kinds=search.kinds, align=search.align)
+        except BudgetError:
+            high = middle
+            continue
+        if search.table.plan_ms(plan.counts(path.sites)) <= limit_ms:
+            found, high = plan, middle
+        else:
+            low = middle
+    return None if found is None else path.plan_keeping(found.counts(path.sites), asked)
 
 
 @dataclass

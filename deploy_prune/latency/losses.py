@@ -14,7 +14,7 @@ heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,17 @@ class LossCurve:
     measured: tuple[tuple[float, float], ...] = ()
 
     def at(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """ρ, constant beyond the first and last knots."""
-        return np.asarray(np.exp(np.interp(scores, self.scores, np.log(self.density))))
+        """ρ, constant before the first knot. Beyond the last it rises on as it does from the first to the last: where a
+        model is past use its loss rises no more, but what it then loses is dear to any model that is not."""
+        log = np.log(self.density)
+        span = self.scores[-1] - self.scores[0]
+        slope = (log[-1] - log[0]) / span if span > 0 else 0.0
+        beyond = np.maximum(0.0, scores - self.scores[-1])
+        return np.asarray(np.exp(np.interp(scores, self.scores, log) + slope * beyond))
+
+    def steeper(self, power: float) -> LossCurve:
+        """ρ to a power, equal where it was least: the higher, the nearer is a choice to the path's own order."""
+        return replace(self, density=tuple(self.density[0] * (d / self.density[0]) ** power for d in self.density))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -62,10 +62,10 @@ def choose_members(
         progress=setup.progress,
     )
     table.save(directory / TABLE)
-    curve = loss_curve(path, losses_of(setup, path, moments), kinds=family.kinds, progress=setup.progress)
-    setup.model.cpu()
+    loss_of = losses_of(setup, path, moments)
+    curve = loss_curve(path, loss_of, kinds=family.kinds, progress=setup.progress)
     write_json(directory / CURVE, curve.to_json())
-    search = Search(path, table, curve, place, tuple(kind.value for kind in kinds), family.alignment)
+    search = Search(path, table, curve, place, tuple(kind.value for kind in kinds), family.alignment, loss_of)
     targets = dict(zip(family.member_names(), ((family.budget, value) for value in family.values), strict=True))
     plans, fits = fit_plans(search, targets, setup.model, export, progress=setup.progress)  # type: ignore[arg-type]
     (directory / PLANS).mkdir()
@@ -94,10 +94,11 @@ def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Call
     from deploy_prune.latency.distance import distance_of
 
     return distance_of(
-        setup.model.to(setup.device),
+        setup.model,
         setup.sites,
         setup.task,
         lambda plan: stages.planned_weights(setup, plan, moments, path.basis),
         batch_size=setup.recipe.refit.batch_size,
         seed=setup.recipe.seed,
+        device=setup.device,
     )

@@ -118,6 +118,7 @@ class LatencyFitEntry(_Part):
     corrected: bool
     trusted: bool
     met: bool
+    chosen_by: Text = ""
 
 
 class SamplesEntry(_Part):

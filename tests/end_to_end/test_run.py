@@ -160,6 +160,7 @@ def test_export_cuts_another_budget_from_the_path_of_a_bundle(
     assert (out / "path.safetensors").read_bytes() == (bundle / "path.safetensors").read_bytes()
 
 
+@pytest.mark.timeout(900)  # two dozen exports, on machines that may be busy
 def test_export_at_a_speedup_says_what_was_asked_predicted_and_measured(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,13 @@ def test_help_and_version_import_no_heavy_package() -> None:
     assert command_line("--version").stdout.strip() == f"deploy-prune {deploy_prune.__version__}"
 
 
-def test_help_starts_in_half_a_second() -> None:
+def test_help_takes_less_than_half_a_second_of_the_processor() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert command_line("--help").returncode == 0
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.5
 
 

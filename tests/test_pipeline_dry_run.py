@@ -196,3 +196,9 @@ def test_sequence_lengths_for_a_model_without_a_sequence_stop_a_run_before_the_s
 def test_an_opset_nobody_tried_is_refused() -> None:
     with pytest.raises(UsageError, match="opset"):
         load_recipe("digits", ["export.opset=99"])
+
+
+def test_a_run_of_a_plan_without_the_plan_stops_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="plan build"):
+        run_recipe(load_recipe("digits", ["search.method=plan", "search.options={}"]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -68,17 +68,12 @@ def run_recipe(
     """
     check_runtimes(recipe)
     check_cache(recipe)
+    _check_path(recipe, path)
     # before a model is loaded, let alone trained
     distributed.from_main(lambda: refuse_foreign(out, work_directory(out), mode, is_bundle))
     setup = prepare(recipe, progress)
     _check_lengths(setup)
     check_uniform(setup)
-    if path is not None and recipe.diff.enabled:
-        raise UsageError(
-            "a path of before cannot be of the model that is yet to be learned",
-            where="recipe key diff",
-            remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
-        )
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
@@ -131,6 +126,25 @@ def check_runtimes(recipe: Recipe) -> None:
             get_runtime(name)
     if recipe.family.budget in MEASURED:
         get_runtime(recipe.family.latency.runtime)
+
+
+def _check_path(recipe: Recipe, path: SolutionPath | None) -> None:
+    """Raise UsageError where a path is missing or cannot be the recipe's."""
+    from deploy_prune.plan_path import GIVEN
+
+    if path is None and recipe.search.method == GIVEN:
+        raise UsageError(
+            "a plan is given, not searched, and none is here",
+            where="recipe key search.method",
+            got=GIVEN,
+            remedy="`deploy-prune plan build PLAN.json -o BUNDLE` makes a bundle of a plan; or name a search.",
+        )
+    if path is not None and recipe.diff.enabled:
+        raise UsageError(
+            "a path of before cannot be of the model that is yet to be learned",
+            where="recipe key diff",
+            remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
+        )
 
 
 def _check_lengths(setup: Setup) -> None:

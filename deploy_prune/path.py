@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,7 +15,7 @@ from deploy_prune.budget import BUDGETS, BYTES_PER_PARAMETER, Budget, CostModel
 from deploy_prune.errors import ArtifactError, BudgetError, UsageError, did_you_mean
 from deploy_prune.files import atomic_file, existing_file
 from deploy_prune.plan import Costs, PrunePlan, Target, plan_from_units
-from deploy_prune.slots import by_slot, rank_in_lane
+from deploy_prune.slots import Slots, by_slot, rank_in_lane
 from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, site_from_json, site_to_json, unit_key
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from deploy_prune.basis import Basis
 
 VERSION = 2  # 2: qk and vo units, and sites that vanish
+_BASIS = "basis:"  # before the unit key, in the names of a file's tensors
 # How importance becomes an order of leaving.
 #   global: by importance per parameter, over all sites and kinds (thresholded together at equal cost);
 #   separate: the same within each kind, every kind giving up the same share of its parameters (the paper's quantiles);
 #   uniform: the same within each site, every site giving up the same share.
-_BASIS = "basis:"  # before the unit key, in the names of a file's tensors
 Allocation = Literal["global", "separate", "uniform"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
@@ -80,7 +80,7 @@ class SolutionPath:
                 where=method,
                 remedy="The model or its data produces NaN; try precision: fp32.",
             )
-        units = _Units.of(sites, costs, None)
+        units = Slots.of(sites, costs, None)
         rank = {
             unit_key(s.name, k): rank_in_lane(np.asarray(importance[unit_key(s.name, k)], np.float64), s.lanes(k))
             for s, k in units.groups
@@ -121,7 +121,7 @@ class SolutionPath:
         """
         value = self.check_target(sparsity, budget, value, align)
         chosen = self.kinds(kinds)
-        units = _Units.of(self.sites, self.costs, chosen)
+        units = Slots.of(self.sites, self.costs, chosen)
         score = np.concatenate(
             [np.sort(self.scores[key])[:: s.lanes(k)] for (s, k), key in zip(units.groups, units.keys, strict=True)]
         )
@@ -167,12 +167,12 @@ class SolutionPath:
     def plan_keeping(self, counts: Mapping[str, Mapping[UnitKind, int]], asked: Target) -> PrunePlan:
         """The plan under which every site keeps so many units of each kind (qk, vo: in every kept head), the last of
         them to leave along the path; for choices between sites that are made elsewhere."""
-        units = _Units.of(self.sites, self.costs, None)
+        units = Slots.of(self.sites, self.costs, None)
         kept = np.array([counts[site.name][kind] for site, kind in units.groups], np.int64)
         kinds = self.kinds(asked.kinds)
         return self._cut(kept, units, asked, self._costs(kept, units, kinds, self.costs.prunable(self.sites, kinds)))
 
-    def _cut(self, counts: NDArray[np.int64], units: _Units, asked: Target, achieved: Costs) -> PrunePlan:
+    def _cut(self, counts: NDArray[np.int64], units: Slots, asked: Target, achieved: Costs) -> PrunePlan:
         """The plan that keeps the last `counts` slots of every group to leave."""
         from deploy_prune.basis import basis_digest
 
@@ -196,7 +196,7 @@ class SolutionPath:
             basis=None if self.basis is None else basis_digest(self.basis),
         )
 
-    def _costs(self, counts: NDArray[np.int64], units: _Units, kinds: Sequence[UnitKind], prunable: int) -> Costs:
+    def _costs(self, counts: NDArray[np.int64], units: Slots, kinds: Sequence[UnitKind], prunable: int) -> Costs:
         of: dict[str, dict[UnitKind, int]] = {s.name: dict(s.counts) for s in self.sites}
         for (site, kind), count in zip(units.groups, counts, strict=True):
             of[site.name][kind] = int(count)
@@ -348,45 +348,6 @@ class SolutionPath:
                 remedy="The file is damaged or something else; search again.",
             ) from error
         return loaded
-
-
-@dataclass(frozen=True)
-class _Units:
-    """All slots flattened in model order: their group's number, kind's number and parameters. A head and a neuron is a
-    slot of its own; a qk or vo slot is one unit of every head.
-
-    By group: `least` is how many slots a site that stays keeps, `features` how many features of a layer one slot is (0
-    where alignment does not apply).
-    """
-
-    groups: list[tuple[Site, UnitKind]]
-    keys: list[str]
-    group: NDArray[np.int64]
-    kind: NDArray[np.int64]
-    params: NDArray[np.float64]
-    least: NDArray[np.int64]
-    features: NDArray[np.int64]
-
-    def steps(self, align: int) -> NDArray[np.int64]:
-        """Slots per group that make a multiple of `align` features."""
-        return np.where(self.features == 0, 1, np.maximum(1, -(-align // np.maximum(self.features, 1))))
-
-    @staticmethod
-    def of(sites: Sequence[Site], costs: CostModel, kinds: Sequence[UnitKind] | None) -> _Units:
-        found = groups(sites, kinds)
-        counts = [s.counts[k] for s, k in found]
-        order = list(UnitKind)
-        width = {UnitKind.QK: lambda s: s.qk_width, UnitKind.VO: lambda s: s.vo_width}
-        repeat: Callable[[list[Any]], NDArray[Any]] = lambda values: np.repeat(np.asarray(values), counts)  # noqa: E731
-        return _Units(
-            found,
-            [unit_key(s.name, k) for s, k in found],
-            repeat(list(range(len(found)))),
-            repeat([order.index(k) for _, k in found]),
-            repeat([float(costs.unit_params(s, k)) for s, k in found]),
-            np.array([0 if k is s.vanishing_kind else 1 for s, k in found]),
-            np.array([0 if k is UnitKind.HEAD else width[k](s) // s.counts[k] if k in width else 1 for s, k in found]),
-        )
 
 
 def _basis_of(tensors: Mapping[str, NDArray[Any]]) -> Basis | None:

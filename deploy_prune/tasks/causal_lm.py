@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
+from deploy_prune.errors import DataError, UsageError
 from deploy_prune.signature import Signature, TensorSpec
 from deploy_prune.tasks.base import AGREEMENT, Batch, Task, chunks, require_target, spread
 from deploy_prune.tasks.classification import divergence
 from deploy_prune.tasks.quality import bootstrap, perplexity, ratio_of_sums
-from deploy_prune.tasks.tokens import max_length_of, pad_id_of, text_inputs
+from deploy_prune.tasks.tokens import max_length_of, pad_id_of, require_language_model, text_inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,13 +73,7 @@ class CausalLM(Task):
         """`stride` is `length` unless given; `tokenizer` names another model's tokenizer than `model_ref`'s."""
         from deploy_prune.sources import load_tokenizer
 
-        if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise UnsupportedModelError(
-                "the model is no causal language model",
-                where=model_ref,
-                got=type(model).__name__,
-                expected="a ...ForCausalLM",
-            )
+        require_language_model(model, model_ref)
         loaded = load_tokenizer(tokenizer or model_ref)
         longest = max_length_of(model, loaded, None)
         stride = length if stride is None else stride

@@ -7,11 +7,19 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
+from deploy_prune.errors import DataError, UsageError
 from deploy_prune.signature import Signature, TensorSpec
 from deploy_prune.tasks.classification import class_indices
 from deploy_prune.tasks.labeled_texts import LabeledTexts
-from deploy_prune.tasks.tokens import Row, TokenRows, max_length_of, outputs_of, pad_id_of, text_inputs
+from deploy_prune.tasks.tokens import (
+    Row,
+    TokenRows,
+    max_length_of,
+    outputs_of,
+    pad_id_of,
+    require_language_model,
+    text_inputs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,14 +91,7 @@ class PromptedClassification(LabeledTexts):
         """`tokenizer` names the model whose tokenizer is used, where it is not `model_ref` itself."""
         from deploy_prune.sources import load_tokenizer
 
-        if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise UnsupportedModelError(
-                "the model is no causal language model",
-                where=model_ref,
-                got=type(model).__name__,
-                expected="a ...ForCausalLM",
-                remedy="A model with a classifier on top takes the task text-classification.",
-            )
+        require_language_model(model, model_ref, "A model with a classifier on top takes the task text-classification.")
         if not template or isinstance(answers, str) or not answers or len(answers) < 2:
             raise UsageError(
                 "the task needs a prompt and its answers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError, UsageError
+from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
 from deploy_prune.signature import TensorSpec
 
 if TYPE_CHECKING:
@@ -113,3 +113,15 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     return model(**inputs, **cacheless)
+
+
+def require_language_model(model: nn.Module, where: str, remedy: str | None = None) -> None:
+    """Raise UnsupportedModelError unless `model` says which token comes next."""
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise UnsupportedModelError(
+            "the model is no causal language model",
+            where=where,
+            got=type(model).__name__,
+            expected="a ...ForCausalLM",
+            remedy=remedy,
+        )

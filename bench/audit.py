@@ -6,7 +6,6 @@ before it, in execution order. Nothing is run and no torch is imported.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.passes.stored import parts_of
 from deploy_prune.errors import ArtifactError
-from deploy_prune.files import existing
+from deploy_prune.files import existing, scratch_directory
 
 if TYPE_CHECKING:
     import onnx
@@ -73,10 +72,10 @@ def read_graph(file: Path | str, modules: Mapping[str, str]) -> GraphAudit:
     import onnxruntime
 
     file = existing(file, "ONNX file")
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-audit-") as folder:
+    with scratch_directory(needs=file.stat().st_size) as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # that the optimised graph is for this machine is what is wanted
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         try:
             onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -9,7 +9,6 @@ bandwidth that of adding two vectors too large for the caches, dispatch the time
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.runtimes import Runtime, get_runtime
 from bench.timing import warm_up
 from bench.work import FUSED, Work
+from deploy_prune.files import scratch_directory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,8 +74,8 @@ def measure_ceilings(
     facts: dict[str, Any] = {}
 
     def seconds(name: str, op: str, value: np.ndarray, times: int = 1) -> float:
-        with tempfile.TemporaryDirectory(prefix="deploy-prune-") as directory:
-            file = _chain(Path(directory) / f"{name}.onnx", op, value.shape, times)
+        with scratch_directory() as directory:
+            file = _chain(directory / f"{name}.onnx", op, value.shape, times)
             session = runtime.load(file, threads=threads)
             bound = session.bind({"x": value, "z": value})
             facts.update(session.describe())

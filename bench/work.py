@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deploy_prune.files import scratch_directory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +61,9 @@ def work_of(onnx: Path | str, inputs: Mapping[str, np.ndarray]) -> Work:
     from bench.runtimes.ort import create
     from bench.runtimes.ort_cpu import PROVIDER, session_options
 
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as directory:
+    with scratch_directory() as directory:
         options = session_options(1)
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(directory) / "profile")
+        options.enable_profiling, options.profile_file_prefix = True, str(directory / "profile")
         session = create(Path(onnx), [(PROVIDER, {})], options)
         session.run(None, dict(inputs))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], ops
         for spec in signature.inputs
     )
     try:
-        with _evaluating(model), torch.no_grad():
+        with _evaluating(model), torch.no_grad(), _without_treespec_warning():
             program = torch.export.export(_function(model, signature), args, dynamic_shapes=(dynamic,), strict=False)
             result = torch.onnx.export(
                 program,
@@ -212,6 +213,14 @@ def _own_names(exported: Any, model: nn.Module) -> None:
         else:
             value.name = own
             graph.register_initializer(value)
+
+
+@contextlib.contextmanager
+def _without_treespec_warning() -> Iterator[None]:
+    """torch 2.11's own exporter copies a class that torch 2.11 calls deprecated, and says so to our users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

@@ -136,6 +136,27 @@ def atomic_siblings(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(room, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_directory(needs: int = 1 << 16) -> Iterator[Path]:
+    """A temporary directory, deleted at the end. Libraries write there and word a full disk in ways of their own: where
+    the block fails and the directory does not take `needs` bytes more, that is what is raised, UnavailableError."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="deploy-prune-"))
+    except OSError as error:  # also where Python finds no directory at all that takes a file
+        raise _write_failed(Path(error.filename or os.environ.get("TMPDIR") or "/tmp"), error) from error
+    try:
+        yield directory
+    except Exception as error:
+        probe = directory / "probe"
+        try:
+            probe.write_bytes(bytes(needs))
+        except OSError as full:
+            raise _write_failed(probe, full) from error
+        raise
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def write_json(path: Path | str, data: Any) -> None:
     """Write `data` as sorted, indented JSON, atomically: the same data is always the same bytes."""
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -193,17 +214,30 @@ def existing(path: Path | str, what: str = "file") -> Path:
 
 
 def existing_file(path: Path | str, what: str = "file") -> Path:
-    """As `existing`, for something to be read; raises UsageError for a directory."""
+    """As `existing`, for something to be read; raises UsageError for a directory, UnavailableError where it may not be
+    read."""
     path = existing(path, what)
     if path.is_dir():
         raise UsageError("a directory is in the place of a file", where=str(path), expected=what)
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path)
     return path
 
 
+def _unreadable(path: Path | str) -> UnavailableError:
+    return UnavailableError(
+        "the file may not be read", where=str(path), remedy="Give yourself the right to read it (chmod u+r)."
+    )
+
+
 def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes. Raises UnavailableError when it may not be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    try:
+        stream = open(path, "rb")  # noqa: SIM115 - closed below
+    except PermissionError as error:
+        raise _unreadable(path) from error
+    with stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -39,3 +39,18 @@ def test_errors_are_kept_in_the_log_file(tmp_path: Path) -> None:
 def test_a_log_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     done = run("--log-file", str(tmp_path / "none" / "run.log"), "doctor")
     assert done.returncode == 3 and "log cannot be written" in done.stderr
+
+
+def test_a_log_that_no_longer_takes_a_line_ends_the_command(tmp_path: Path) -> None:
+    done = run("--log-file", "/dev/full", "verify", str(tmp_path / "nowhere"), "--json")
+    assert done.returncode == 3 and "Traceback" not in done.stderr and "no such" in done.stderr
+    script = (
+        "from deploy_prune.cli import console\nfrom deploy_prune.cli.main import run_command\n"
+        "import click, deploy_prune.cli.main as m\n"
+        "command = click.Command('doctor', callback=lambda: console.note('a line'))\n"
+        "m.LazyGroup.get_command = lambda self, ctx, name: command\n"
+        "raise SystemExit(run_command(['--log-file', '/dev/full', 'doctor']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "the log cannot be written in /dev/full" in done.stderr

@@ -89,6 +89,7 @@ def test_unknown_command_suggests_the_nearest_and_exits_2() -> None:
         (errors.ArtifactError("damaged", where="f"), 4, "ArtifactError: damaged in f"),
         (errors.UnavailableError("no GPU"), 3, "UnavailableError: no GPU"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 3, "no space left on the device in /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 3, "(Permission denied) in /x/y"),
         (MemoryError("Unable to allocate 9 GiB"), 3, "out of memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 3, "CUDA out of memory."),
         (KeyboardInterrupt(), 130, "Interrupted"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from bench.runtimes.ort import SILENT, OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.placement import Placement
 from deploy_prune.errors import ArtifactError, DeployPruneError, UnavailableError
+from deploy_prune.files import scratch_directory
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -130,8 +130,8 @@ def provider_broken() -> str | None:
     value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as directory:
-        path = Path(directory) / "probe.onnx"
+    with scratch_directory() as directory:
+        path = directory / "probe.onnx"
         onnx.save(model, path)
         options = session_options(1)
         options.log_severity_level = SILENT

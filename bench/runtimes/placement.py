@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deploy_prune.files import scratch_directory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,8 +57,8 @@ def read_placement(
     profiled: Callable[[str], onnxruntime.InferenceSession], inputs: Mapping[str, np.ndarray]
 ) -> Placement:
     """Run once under ORT's profiler. `profiled(prefix)` makes a session that writes its profile under that prefix."""
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as directory:
-        session = profiled(str(Path(directory) / "profile"))
+    with scratch_directory() as directory:
+        session = profiled(str(directory / "profile"))
         session.run(None, dict(inputs))
         return parse_profile(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
 

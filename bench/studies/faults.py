@@ -55,7 +55,7 @@ class Kills:
 def main(kills: int, corruptions: int, seed: int, out: Path | None) -> None:
     from deploy_prune.files import write_json
 
-    _import_all()
+    import_all()
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as room:
         whole = Path(room) / "whole"
@@ -94,7 +94,7 @@ def kill_runs(room: Path, whole: Path, kills: int, took: float, chance: random.R
         if place is not None:
             found.done += 1
             found.at[place] += 1
-            if out.exists() and (wrong := _unsound(out)):
+            if out.exists() and (wrong := unsound(out)):
                 found.unsound.append(wrong)
             if chance.random() < 0.6:
                 continue
@@ -143,7 +143,7 @@ def _run(out: Path, stage: int | None, seconds: float | None) -> str | None:
                 return place if os.WIFSIGNALED(status) else None
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """What every run imports, once: the runs are forks of this process, which computes nothing itself before."""
     for name in (
         *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "timm", "transformers", "sklearn.datasets"),
@@ -168,7 +168,7 @@ def _child(out: Path, write: int) -> None:
         os._exit(code)
 
 
-def _unsound(out: Path) -> str | None:
+def unsound(out: Path) -> str | None:
     from deploy_prune.errors import DeployPruneError
     from deploy_prune.release.verify import verify
 

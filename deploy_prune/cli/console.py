@@ -5,15 +5,19 @@ Nothing here imports rich until there is something to draw on a terminal.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy_prune.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from deploy_prune.errors import UnavailableError
 
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn: enough for a CI log, not more
 _quiet = False
@@ -39,11 +43,9 @@ def log(verbose: int, file: str | None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()] if verbose else []
     if file:
         try:
-            kept = logging.FileHandler(file, encoding="utf-8")
+            kept = _LogFile(file, encoding="utf-8")
         except OSError as error:
-            from deploy_prune.errors import UnavailableError
-
-            raise UnavailableError("the log cannot be written", where=file, got=error.strerror or str(error)) from error
+            raise _unwritten(file, error) from error
         kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(kept)
         _notes.addHandler(kept)
@@ -51,6 +53,25 @@ def log(verbose: int, file: str | None) -> None:
     logging.basicConfig(
         level=logging.DEBUG if verbose > 1 else logging.INFO, format="%(name)s: %(message)s", handlers=handlers
     )
+
+
+class _LogFile(logging.FileHandler):
+    """A log that was asked for is written or the command fails: logging itself would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError):  # what it still holds fails again
+            if self.stream is not None:
+                self.stream.close()
+        logging.getLogger().removeHandler(self)
+        _notes.removeHandler(self)
+        raise _unwritten(self.baseFilename, error) from error
+
+
+def _unwritten(file: str, error: BaseException | None) -> UnavailableError:
+    from deploy_prune.errors import UnavailableError
+
+    return UnavailableError("the log cannot be written", where=file, got=getattr(error, "strerror", None) or str(error))
 
 
 def note(text: str) -> None:

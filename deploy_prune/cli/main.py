@@ -7,6 +7,7 @@ available here; 4 an artifact is damaged or untrusted; 70 a bug in deploy-prune 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import importlib.util
@@ -58,6 +59,7 @@ EXIT_BUG = 70  # EX_SOFTWARE: kept apart from 1, which CI reads as "a gate faile
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
 LOG = "deploy-prune"
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 class PipeClosed(Exception):
@@ -173,6 +175,12 @@ def run_command(args: Sequence[str] | None = None) -> int:
 
 def _environment_failure(error: Exception) -> UnavailableError | None:
     """A failure of the machine rather than of the program, in words; None when it is neither."""
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return UnavailableError(
+            f"the system refuses a file ({error.strerror})",
+            where=str(error.filename or "a file"),
+            remedy="Mend the permissions or choose another place; `--resume` goes on from the last whole stage.",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
             "no space left on the device",
@@ -224,7 +232,8 @@ def _join_processes(args: Sequence[str]) -> None:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     sys.stdout.flush()
-    logging.getLogger(LOG).error("%s", message)
+    with contextlib.suppress(UnavailableError):  # a log that cannot be written is what may have failed
+        logging.getLogger(LOG).error("%s", message)
     if error is None or distributed.reports(error):
         own = f"process {distributed.index()}: " if distributed.index() else ""
         print(own + message, file=sys.stderr, flush=True)

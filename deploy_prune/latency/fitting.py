@@ -11,7 +11,6 @@ was predicted and measured is kept with the plan.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bench.latency_table import LatencyTable
 from deploy_prune.budget import Measured
 from deploy_prune.errors import BudgetError, UsageError
+from deploy_prune.files import scratch_directory
 from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
 from deploy_prune.latency.losses import LossCurve
 from deploy_prune.latency.measure import Export
@@ -175,8 +175,8 @@ def fit_plans(
     limits = {name: limit_of(t.budget, t.value, table.dense_ms) for name, t in asked.items()}  # type: ignore[arg-type]
     best = {name: search.best(target, limits[name]) for name, target in asked.items()}
     plans = {name: plan for name, (plan, _) in best.items()}
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
-        check = _Check(model, search, export, Path(scratch), progress)
+    with scratch_directory() as scratch:
+        check = _Check(model, search, export, scratch, progress)
         fits = check.fits(plans, asked, dict.fromkeys(plans, 1.0))
         off = {name: fit.measured / fit.predicted for name, fit in fits.items()}
         again = {name: factor for name, factor in off.items() if abs(factor - 1) > CLOSE}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.latency_table import LatencyTable, SiteTimes, Widths, first_rungs, next_rungs
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
+from deploy_prune.files import scratch_directory
 from deploy_prune.latency.place import Place
 from deploy_prune.latency.shapes import Shape, at_widths, probe, shapes_of
 from deploy_prune.progress import SILENT, Progress
@@ -49,8 +49,8 @@ def latency_table(
     runtime, version, threads, sizes and shapes: weights do not matter. Raises what export and runtime raise,
     UsageError when the model without its sites is not measurably faster.
     """
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
-        dense = Path(scratch) / "dense.onnx"
+    with scratch_directory() as scratch:
+        dense = scratch / "dense.onnx"
         export(model, dense)
         place = place.settled(dense)
         facts = place.facts(dense)
@@ -59,7 +59,7 @@ def latency_table(
         stored = _stored(cache, name) if not fresh else None
         if stored is not None:
             return stored
-        work = _Work(model, sites, place, export, Path(scratch), {_DENSE: dense}, progress)
+        work = _Work(model, sites, place, export, scratch, {_DENSE: dense}, progress)
         table = _measured(work, shapes_of(sites, costs, align), kinds, {**facts, "align": align, "kinds": asked})
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)

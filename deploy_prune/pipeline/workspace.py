@@ -21,7 +21,15 @@ from typing import Any, Literal
 
 from deploy_prune import distributed
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
-from deploy_prune.files import TEMPORARY, atomic_dir, read_json, remove_partial, sha256_file, write_json
+from deploy_prune.files import (
+    TEMPORARY,
+    atomic_dir,
+    read_json,
+    remove_partial,
+    scratch_directory,
+    sha256_file,
+    write_json,
+)
 
 Mode = Literal["new", "resume", "fresh"]
 
@@ -76,8 +84,8 @@ class Workspace:
         else:
             self.note(f"{name} ...")
             if together and not distributed.is_main():
-                with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
-                    work(Path(scratch))
+                with scratch_directory() as scratch:
+                    work(scratch)
             done = distributed.from_main(lambda: self._make(name, directory, wanted, work))
         self.stages.append(done)
         return done
@@ -189,6 +197,9 @@ def _occupy(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], 
             remedy="Wait for it, or choose another directory with --out.",
         ) from error
     except BaseException:
+        if [child.name for child in directory.iterdir()] == [_LOCK]:  # nothing of an earlier run: leave no trace
+            with contextlib.suppress(OSError):
+                shutil.rmtree(directory)
         os.close(lock)
         raise
     return lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def test_the_same_run_gives_the_same_bytes_of_path_plans_and_models(bundle: Path
         assert first
         for file in first:
             assert file.read_bytes() == (again / file.relative_to(bundle)).read_bytes(), file.name
+
+
+def test_a_run_whose_files_may_not_grow_says_so_and_goes_on_to_the_same_bytes(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))  # the dense model is larger
+    try:
+        assert run_command(arguments(tmp_path / "out")) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "UnavailableError: " in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    assert run_command(arguments(tmp_path / "out", "--resume")) == 0
+    for name in ("path.safetensors", "plans/s30.json", "models/dense.onnx", "models/s50.onnx", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (bundle / name).read_bytes(), name
 
 
 def test_the_manifest_names_no_place_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

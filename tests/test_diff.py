@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from shipped import SIGNATURES, exported
+from stopping import StopAt
 
 import deploy_prune as dp
 from converters.delta_onnx import task_session, write_task
@@ -18,6 +19,7 @@ from deploy_prune.cli.main import cli
 from deploy_prune.delta import TaskDelta, diff
 from deploy_prune.delta.fits import Dense, Sparse, at_random, largest, owners_of
 from deploy_prune.delta.lora import adapters_of
+from deploy_prune.delta.phase import Phase
 from deploy_prune.delta.training import head_of
 from deploy_prune.demo import digits_vit
 from deploy_prune.errors import ArtifactError, DataError, UnavailableError, UsageError
@@ -25,6 +27,7 @@ from deploy_prune.hard_concrete import DIFF
 from deploy_prune.recovery.feed import split
 from deploy_prune.recovery.judging import Judge
 from deploy_prune.recovery.options import RecoverOptions
+from deploy_prune.saved_state import SavedState
 from deploy_prune.sources import describe_source
 
 QUICK: dict[str, Any] = {"epochs": 1, "mask_epochs": 1, "examples": 200, "share": 0.01, "lr": 1e-3, "mask_lr": 1e-3}
@@ -143,6 +146,26 @@ def test_the_same_seed_finds_the_same_delta(digits, tmp_path):
         found.delta.save(tmp_path / name)
         files.append((tmp_path / name).read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("fit", ["l0", "l1", "lora"])
+def test_a_stopped_training_goes_on_to_the_same_delta(digits, fit, tmp_path, monkeypatch):
+    model, task = digits
+    options = {**QUICK, "examples": 150, "batch_size": 16, "fit": fit}
+    whole = diff(model, task, **options)
+    saved = SavedState(tmp_path / "work", minutes=0)
+    phases = ["diff: mask"] if fit == "lora" else ["diff: find", "diff: mask"]
+    taken: list[str] = []
+    advance = Phase._advance
+    monkeypatch.setattr(Phase, "_advance", lambda self, *a: (taken.append(self.name), advance(self, *a))[1])
+    for phase in phases:
+        with pytest.raises(KeyboardInterrupt):
+            diff(model, task, saved=saved, progress=StopAt(phase, 5), **options)
+    resumed = diff(model, task, saved=saved, **options)
+    assert resumed.marks == whole.marks
+    assert weights_sha256(resumed.model) == weights_sha256(whole.model)
+    steps = sum(marks[-1].step for marks in whole.marks.values())
+    assert steps < len(taken) <= steps + len(phases), "at most the step that was stopped is taken again"
 
 
 def test_without_a_second_phase_the_figure_is_of_the_sparse_model(digits):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import StopAt
 from torch import nn
 
 import deploy_prune as dp
@@ -115,24 +116,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(dense: nn.Module, small: 
         short(small, task, dense, lr=1e30, warmup=0.0)
 
 
-class StopAt:
-    """A listener that interrupts at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def start(self, total: int | None, label: str) -> None:
-        return
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left <= 0:
-            raise KeyboardInterrupt
-
-    def finish(self) -> None:
-        return
-
-
 def differing(given: nn.Module, found: nn.Module) -> int:
     return sum(int((a != b).sum()) for a, b in zip(given.parameters(), found.parameters(), strict=True))
 
@@ -203,7 +186,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole = short(small, task, dense, **options)
     for stop in (3, 5, 9):  # 4 and 8 are judged; 5 and 9 are after that
         with pytest.raises(KeyboardInterrupt):
-            short(small, task, dense, saved=SavedState(tmp_path, minutes=0), progress=StopAt(stop), **options)
+            short(small, task, dense, saved=SavedState(tmp_path, minutes=0), progress=StopAt(None, stop), **options)
     resumed = short(small, task, dense, saved=SavedState(tmp_path, minutes=0), **options)
     assert weights_sha256(resumed.model) == weights_sha256(whole.model)
     assert resumed.marks == whole.marks
@@ -213,7 +196,7 @@ def test_a_state_of_other_options_is_not_taken_up(
     dense: nn.Module, small: nn.Module, task: Task, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        short(small, task, dense, saved=SavedState(tmp_path, minutes=0), progress=StopAt(9), lr=1e-2)
+        short(small, task, dense, saved=SavedState(tmp_path, minutes=0), progress=StopAt(None, 9), lr=1e-2)
     found = short(small, task, dense, saved=SavedState(tmp_path, minutes=0))
     assert weights_sha256(found.model) == weights_sha256(short(small, task, dense).model)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stopping import StopAt
 
 from deploy_prune.demo import digits_vit_untrained
 from deploy_prune.errors import ArtifactError
@@ -25,28 +26,6 @@ def digits() -> tuple[Any, Any]:
     model = digits_vit_untrained()
     task = load_task("image-classification", model=model, model_ref="x", calibration="digits:train", evaluation=None)
     return model, task
-
-
-class StopAt:
-    """A listener that interrupts when it has been told of `count` steps of `label`."""
-
-    def __init__(self, label: str, count: int) -> None:
-        self.label, self.count, self.seen = label, count, 0
-        self.current = ""
-        self.steps: dict[str, int] = {}
-
-    def start(self, total: int | None, label: str) -> None:
-        self.current = label
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.steps[self.current] = self.steps.get(self.current, 0) + steps
-        if self.current == self.label:
-            self.seen += steps
-            if self.seen >= self.count:
-                raise KeyboardInterrupt
-
-    def finish(self) -> None:
-        return
 
 
 def find(digits: tuple[Any, Any], method: str, **how: Any) -> Any:

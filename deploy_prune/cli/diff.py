@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy_prune.cli import console
+from deploy_prune.cli.run import resume_options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deploy_prune.pipeline.workspace import Mode
     from deploy_prune.tasks import Task
 
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="DELTA.safetensors"
 )
+@click.option("--checkpoint-minutes", type=click.FloatRange(0), default=5.0, show_default=True, help="Between saves.")
+@resume_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def command(
     model: str,
@@ -53,17 +57,21 @@ def command(
     device: str,
     seed: int,
     output: Path,
+    checkpoint_minutes: float,
+    mode: Mode | None,
     as_json: bool,
 ) -> None:
     """Learn the task on MODEL (timm:, hf:, gguf: or python: reference) and write its delta: which values of the base
     change, and to what, with the task's head. `hf:ENCODER?new_head=2` puts a fresh head of 2 classes on an encoder.
 
+    A stopped training keeps what it has reached in DELTA.work; `--resume` goes on from there, to the same delta.
     `deploy-prune delta export DELTA -o TASK.onnx` makes the task's model of it.
     """
     from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.pipeline.setup import choose_device
-    from deploy_prune.pipeline.workspace import refuse_foreign_file
+    from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe_text import settings_of
+    from deploy_prune.saved_state import SavedState
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import load_task
 
@@ -73,10 +81,12 @@ def command(
     task = load_task(task_name, model=base, model_ref=model, calibration=data, evaluation=evaluation, **own)
     options = {"fit": fit, "share": share, **settings_of(settings, "--set")}
     heads = None if head is None else tuple(name for name in head.split(",") if name)
-    found = diff(base, task, head=heads, seed=seed, progress=console.progress(), **options)
-    how = {"name": task_name, "data": data, "options": own}
-    delta = replace(found.delta, facts={**found.delta.facts, "model": model, "task": how})
-    delta.save(output)
+    with file_workspace(output, mode or "new") as place:
+        saved = SavedState(place, "diff", checkpoint_minutes)
+        found = diff(base, task, head=heads, seed=seed, progress=console.progress(), saved=saved, **options)
+        how = {"name": task_name, "data": data, "options": own}
+        delta = replace(found.delta, facts={**found.delta.facts, "model": model, "task": how})
+        delta.save(output)
     report = {"delta": str(output), **found.to_json(), "sizes": delta.sizes(base), "file_bytes": output.stat().st_size}
     if evaluation is not None:
         report["evaluation"] = {"task": judged(found.model, task), "base": judged(base, task)}

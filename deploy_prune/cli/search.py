@@ -77,7 +77,7 @@ def command(
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.stages import find_path
-    from deploy_prune.pipeline.workspace import refuse_foreign_file, search_workspace
+    from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe import ComputePart, recipe_from
     from deploy_prune.recipe_text import settings_of, shares
 
@@ -104,7 +104,7 @@ def command(
         where="the command line",
     )
     setup = prepare(recipe, console.progress())
-    with search_workspace(output, mode or "new") as saved:
+    with file_workspace(output, mode or "new") as saved:
         path = find_path(setup, saved)
         distributed.from_main(lambda: path.save(output))
     if not distributed.is_main():

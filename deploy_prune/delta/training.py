@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deploy_prune.architecture import weights_sha256
 from deploy_prune.delta import fits
+from deploy_prune.delta.fits import Tensors
 from deploy_prune.delta.lora import adapters_of
 from deploy_prune.delta.options import DiffOptions
+from deploy_prune.delta.phase import Phase
 from deploy_prune.delta.task_delta import TaskDelta
-from deploy_prune.errors import DataError, RecoveryError, UnsupportedModelError, UsageError
+from deploy_prune.errors import DataError, UnsupportedModelError, UsageError
 from deploy_prune.precision import chosen_precision
 from deploy_prune.progress import SILENT, Progress
 from deploy_prune.recipe_text import checked_options
@@ -26,13 +29,11 @@ from deploy_prune.recovery.feed import Feed, split
 from deploy_prune.recovery.judging import Judge
 from deploy_prune.recovery.options import RecoverOptions
 from deploy_prune.recovery.pair import Called
-from deploy_prune.recovery.schedule import rate_at
 from deploy_prune.recovery.state import Mark
+from deploy_prune.saved_state import SavedState
 
 if TYPE_CHECKING:
     from deploy_prune.tasks.base import Batch, Task
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def diff(
     head: tuple[str, ...] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    saved: SavedState | None = None,
     **options: Any,
 ) -> Diffed:
     """Learn what the task changes of the frozen base `model`, on the task's calibration data.
@@ -77,13 +79,15 @@ def diff(
     First every value may change, under a penalty on how many do (l0, l1); then the largest `share` of the changes is
     kept and trained alone, from where it stands. The task's head, modules or tensors that start with one of the names
     `head` (by default those that `head_of` finds), is trained whole and does not count. The best weights on the
-    held-out part are kept. `options` are those of DiffOptions. The given model is not changed. Same seed, data and
-    versions: same delta. Raises UsageError (options), DataError (no labels), RecoveryError (the loss is not finite).
+    held-out part are kept. `options` are those of DiffOptions; `saved` is where an interrupted training goes on, to the
+    same delta. The given model is not changed. Same seed, data and versions: same delta. Raises UsageError (options),
+    DataError (no labels), RecoveryError (the loss is not finite).
     """
     parsed = checked_options(DiffOptions, options, "diff pruning")
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        return _Training(model, task, head_of(model) if head is None else head, parsed, seed, progress or SILENT).run()
+        training = _Training(model, task, head_of(model) if head is None else head, parsed, seed, progress or SILENT)
+        return training.run(saved or SavedState())
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:
@@ -125,9 +129,11 @@ class _Training:
         self.bf16 = chosen_precision(options.precision, self.device) == "bf16"
         self.trainable: dict[str, int] = {}
         self.marks: dict[str, list[Mark]] = {}
+        self.saved = SavedState()
 
-    def run(self) -> Diffed:
+    def run(self, saved: SavedState) -> Diffed:
         options, begun = self.options, time.monotonic()
+        self.saved = saved.narrowed(self._identity())
         count = round(options.share * sum(t.numel() for t in self.base.values()))
         if not count and options.fit in ("l0", "l1", "random"):
             raise UsageError(
@@ -184,11 +190,6 @@ class _Training:
             strength=options.strength,
             owners=fits.owners_of(self.frozen, self.base, options.groups),
         )
-        best: Tensors = {}
-
-        def keep() -> None:
-            best.update({name: δ.clone() for name, δ in dense.differences().items()})
-
         self._train(
             "find",
             options.epochs,
@@ -197,13 +198,13 @@ class _Training:
             lambda training: dense.tensors(training=training),
             penalty=dense.penalty,
             after=dense.shrink,
-            last=keep,
+            keeps_best=False,
         )
-        return best
+        return {name: δ.clone() for name, δ in dense.differences().items()}
 
     def _train(
         self,
-        phase: str,
+        name: str,
         epochs: float,
         groups: list[dict[str, Any]],
         rate: float,
@@ -211,66 +212,55 @@ class _Training:
         *,
         penalty: Callable[[], Tensor] | None = None,
         after: Callable[[float], None] | None = None,
-        last: Callable[[], None] | None = None,
+        keeps_best: bool = True,
     ) -> Tensors:
-        """One phase; the best tensors of the model on the held-out part. With `last` the end counts, not the best: what
-        is found is what the penalty has left at the end."""
+        """One phase, and the head with it; the best tensors of the model on the held-out part. Without `keeps_best` the
+        end counts, and nothing is returned: what is found is what the penalty has left at the end."""
         options = self.options
         groups = [*groups, {"params": list(self.head.values()), "lr": options.head_lr or rate}]
-        groups = [g | {"peak": g["lr"]} for g in groups if g["params"]]
-        trained = [p for g in groups for p in g["params"]]
-        if not trained:
+        groups = [g for g in groups if g["params"]]
+        if not groups:
             raise UsageError("nothing to train", where=f"fit {options.fit}", remedy="Name a head, or another fit.")
-        self.trainable[phase] = sum(p.numel() for p in trained)
-        optimizer = torch.optim.Adam(groups)
-        feed = Feed(self.task, self.train_items, self._feeding(epochs), self.seed)
-        steps = feed.steps
-        every = max(1, round(steps / options.evaluations))
-        marks = self.marks.setdefault(phase, [])
-        best: Tensors = {}
 
-        def judged(step: int) -> None:
+        def loss(batch: Batch) -> Tensor:
+            own = self._loss({**tensors(True), **self.head}, batch)
+            return own if penalty is None else own + penalty().to(own)
+
+        phase = Phase(
+            name,
+            Feed(self.task, self.train_items, self._feeding(epochs), self.seed),
+            groups,
+            options,
+            self.seed,
+            loss=loss,
+            tensors=lambda: {**tensors(False), **self.head},
+            mark=self._mark,
+            higher_is_better=self.task.higher_is_better,
+            where=self.task.name,
+            keeps_best=keeps_best,
+            after=None if after is None else lambda share: after(rate * share),
+        )
+        self.trainable[name] = sum(p.numel() for p in phase.trained)
+        phase.run(self.saved, self.progress)
+        self.marks[name] = phase.marks
+        if keeps_best:
             with torch.no_grad():
-                now = tensors(False)
-                marks.append(self._mark(step, now))
-                higher = self.task.higher_is_better
-                if last is None and all(marks[-1].beats(m, higher) for m in marks[:-1]):
-                    best.update({name: t.detach().clone() for name, t in {**now, **self.head}.items()})
+                for own, p in self.head.items():
+                    p.copy_(phase.best[own])
+        return {own: t for own, t in phase.best.items() if own not in self.head}
 
-        judged(0)
-        self.progress.start(steps, f"diff: {phase}")
-        try:
-            for step, (batch,) in zip(range(steps), feed.batches(0), strict=False):
-                torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
-                share = rate_at(step, steps, options.warmup)
-                for g in optimizer.param_groups:
-                    g["lr"] = g["peak"] * share
-                loss = self._loss({**tensors(True), **self.head}, batch)
-                total = loss if penalty is None else loss + penalty().to(loss)
-                if not torch.isfinite(total):
-                    raise RecoveryError(
-                        f"the loss is not finite at step {step + 1} of {phase}",
-                        where=self.task.name,
-                        remedy="Lower lr.",
-                    )
-                optimizer.zero_grad()
-                total.backward()
-                nn.utils.clip_grad_norm_(trained, options.clip)
-                optimizer.step()
-                if after is not None:
-                    after(rate * share)
-                self.progress.advance(1, f"loss {float(loss.detach()):.3g}")
-                if (step + 1) % every == 0 or step + 1 == steps:
-                    judged(step + 1)
-        finally:
-            self.progress.finish()
-        if last is not None:
-            last()
-            return {}
-        with torch.no_grad():
-            for name, p in self.head.items():
-                p.copy_(best[name])
-        return {name: t for name, t in best.items() if name not in self.head}
+    def _identity(self) -> str:
+        """All that the delta depends on."""
+        how = self.options.model_dump(mode="json")
+        parts = [
+            weights_sha256(self.frozen),
+            sorted(self.head),
+            how,
+            self.task.describe(),
+            self.seed,
+            torch.__version__,
+        ]
+        return json.dumps(parts, sort_keys=True)
 
     @torch.no_grad()
     def _mark(self, step: int, tensors: Tensors) -> Mark:

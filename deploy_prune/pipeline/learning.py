@@ -9,7 +9,8 @@ from deploy_prune import distributed
 from deploy_prune.errors import UsageError
 from deploy_prune.files import write_json
 from deploy_prune.pipeline.setup import Setup
-from deploy_prune.pipeline.workspace import Stage, Workspace
+from deploy_prune.pipeline.workspace import Stage, Workspace, fingerprint
+from deploy_prune.saved_state import SavedState
 
 DELTA = "delta.safetensors"
 LEARNED = "learned.json"
@@ -35,7 +36,10 @@ def delta_stage(workspace: Workspace, setup: Setup) -> tuple[Setup, Stage | None
         )
 
     inputs = {**setup.identity, "diff": how.model_dump(mode="json")}
-    done = workspace.stage("delta", inputs, lambda directory: _learn(setup, directory))
+    place = workspace.saved("delta")
+    saved = SavedState(place, fingerprint(inputs), setup.recipe.compute.checkpoint_minutes)
+    done = workspace.stage("delta", inputs, lambda directory: _learn(setup, directory, saved))
+    workspace.forget(place)
     delta = TaskDelta.load(done.directory / DELTA)
     model = delta.apply(setup.model)
     sha256 = weights_sha256(model)
@@ -43,7 +47,7 @@ def delta_stage(workspace: Workspace, setup: Setup) -> tuple[Setup, Stage | None
     return dataclasses.replace(setup, model=model, weights_sha256=sha256, identity=identity, delta=DELTA), done
 
 
-def _learn(setup: Setup, directory: Path) -> None:
+def _learn(setup: Setup, directory: Path, saved: SavedState) -> None:
     from deploy_prune.delta import diff
 
     how = setup.recipe.diff
@@ -54,6 +58,7 @@ def _learn(setup: Setup, directory: Path) -> None:
         head=None if how.head is None else tuple(how.head),
         seed=setup.recipe.seed,
         progress=setup.progress,
+        saved=saved,
         **how.model_dump(exclude={"enabled", "head"}, exclude_unset=True),
     )
     model.cpu()

@@ -150,8 +150,8 @@ def open_workspace(
 
 
 @contextlib.contextmanager
-def search_workspace(path: Path, mode: Mode) -> Iterator[Path]:
-    """Where the search for the file `path` keeps what it has reached, `PATH.work/path.saved`; deleted when it is done,
+def file_workspace(path: Path, mode: Mode) -> Iterator[Path]:
+    """Where the making of the file `path` keeps what it has reached, `PATH.work/path.saved`; deleted when it is done,
     or has reached nothing. Raises as `open_workspace`.
     """
     directory = work_directory(path)

@@ -75,14 +75,6 @@ class ImageClassification(Classification):
             )
         return cls(prepared, classes, calibration, evaluation, metric)
 
-    @property
-    def calibration_size(self) -> int:
-        return len(self.calibration_data)
-
-    @property
-    def evaluation_size(self) -> int:
-        return len(self.evaluation_data) if self.evaluation_data else 0
-
     def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
         return self._calibration.stream(order)
 

@@ -102,14 +102,6 @@ class ImageText(Task):
         limit = max_length_of(text, loaded, max_length)
         return cls(model, loaded, prepared, limit, calibration, evaluation, metric)
 
-    @property
-    def calibration_size(self) -> int:
-        return len(self.calibration_data)
-
-    @property
-    def evaluation_size(self) -> int:
-        return len(self.evaluation_data) if self.evaluation_data else 0
-
     def calibration_batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
         return self._calibration.stream(order)
 

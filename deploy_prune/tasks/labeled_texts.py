@@ -54,14 +54,6 @@ class LabeledTexts(Classification):
                 remedy="Map text2 with ?text2=COLUMN in both.",
             )
 
-    @property
-    def calibration_size(self) -> int:
-        return len(self.calibration_data)
-
-    @property
-    def evaluation_size(self) -> int:
-        return len(self.evaluation_data) if self.evaluation_data else 0
-
     def calibration_order(self, items: Sequence[int], batch_size: int, seed: int = 0) -> list[list[int]]:
         rows, _ = self._calibration
         order = shuffled(items, seed)

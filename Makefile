@@ -27,7 +27,7 @@ types: $(VENV)/.installed-dev
 
 # At most four processes, each with its own copy of torch in memory (about 2 GB) and one thread.
 pytest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build

@@ -5,13 +5,20 @@ python:deploy_prune.demo:digits_vit       trained (97 % on `digits:test`), the s
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.architecture import Architecture
+from deploy_prune.cache import cache_root
+from deploy_prune.errors import UnavailableError
+from deploy_prune.files import atomic_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
 MEAN, STD = 0.305, 0.376  # of all pixels of digits:train, in [0, 1]
 EPOCHS, BATCH, PEAK_RATE = 12, 64, 3e-3  # seconds on one core, and above 96 % for every seed tried
 
@@ -46,9 +53,20 @@ def digits_vit_untrained(width: int = 64, depth: int = 4, heads: int = 4) -> nn.
 def digits_vit(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
     """The same model trained on `digits:train`, in eval mode.
 
-    Training runs on one thread, because sums over several differ in their last bits; the caller's random state and
-    thread count are left as they were.
+    It is trained once and kept in the user's cache, under all that its bits depend on. Training runs on one thread,
+    because sums over several differ in their last bits; the caller's random state and thread count are left as they
+    were.
     """
+    file = cache_root() / "digits" / f"{_key(seed, epochs)}.safetensors"
+    model = _kept(file)
+    if model is None:
+        model = digits_vit_trained(seed, epochs)
+        _keep(model, file)
+    return model
+
+
+def digits_vit_trained(seed: int, epochs: int) -> nn.Module:
+    """`digits_vit` anew."""
     import numpy as np
     import torch
 
@@ -66,6 +84,46 @@ def digits_vit(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
     finally:
         torch.set_num_threads(threads)
     return model.eval()
+
+
+def _key(seed: int, epochs: int) -> str:
+    """A name for all that the trained weights depend on: this file, the libraries, the processor's instructions."""
+    from importlib.metadata import version
+    from platform import machine
+
+    import torch
+
+    parts = [seed, epochs, *(version(name) for name in ("torch", "timm", "scikit-learn")), machine()]
+    parts.append(torch.backends.cpu.get_cpu_capability())
+    return hashlib.sha256(Path(__file__).read_bytes() + repr(parts).encode()).hexdigest()[:32]
+
+
+def _kept(file: Path) -> nn.Module | None:
+    """The model whose weights the cache has, None if it has none that can be read."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = digits_vit_untrained()
+    try:
+        model.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        log.warning("Training the demo's model again: what the cache has is damaged (%s): %s", file, error)
+        return None
+    return model
+
+
+def _keep(model: nn.Module, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        with atomic_file(file) as temporary:
+            save_file(model.state_dict(), temporary)
+    except UnavailableError as error:
+        log.warning("The demo's model cannot be kept, and will be trained again next time: %s", error)
 
 
 def _trained(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:

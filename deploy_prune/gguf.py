@@ -6,20 +6,14 @@ Dequantising takes many seconds, so the folder is kept in the user's cache.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
+from deploy_prune.cache import cache_root
 from deploy_prune.errors import ArtifactError, UnavailableError
 from deploy_prune.files import atomic_dir, existing, sha256_file
 
 log = logging.getLogger(__name__)
 _MAGIC = b"GGUF"
-
-
-def cache_root() -> Path:
-    """Where deploy-prune keeps what can be made again: $XDG_CACHE_HOME/deploy-prune or ~/.cache/deploy-prune."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "deploy-prune"
 
 
 def dequantised(file: Path) -> Path:

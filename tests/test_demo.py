@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from deploy_prune.architecture import Architecture, weights_sha256
-from deploy_prune.demo import digits_vit
+from deploy_prune.demo import digits_vit, digits_vit_trained
 from deploy_prune.sources import load_model
 from deploy_prune.tasks import load_task
 
@@ -34,8 +36,36 @@ def test_demo_model_reads_digits_and_its_shell_needs_no_training() -> None:
 def test_training_is_repeatable_and_leaves_the_callers_random_state() -> None:
     torch.manual_seed(5)
     threads, before = torch.get_num_threads(), torch.get_rng_state()
-    first = digits_vit(seed=3, epochs=1)
+    first = digits_vit_trained(seed=3, epochs=1)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     torch.manual_seed(6)
-    assert weights_sha256(digits_vit(seed=3, epochs=1)) == weights_sha256(first)
-    assert weights_sha256(digits_vit(seed=4, epochs=1)) != weights_sha256(first)
+    assert weights_sha256(digits_vit_trained(seed=3, epochs=1)) == weights_sha256(first)
+    assert weights_sha256(digits_vit_trained(seed=4, epochs=1)) != weights_sha256(first)
+
+
+def test_it_is_trained_once_and_again_when_the_cache_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = torch.get_rng_state()
+    trained = digits_vit(seed=3, epochs=1)
+    (file,) = (tmp_path / "cache" / "deploy-prune" / "digits").iterdir()
+    monkeypatch.setattr("deploy_prune.demo.digits_vit_trained", None)
+    kept = digits_vit(seed=3, epochs=1)
+    assert weights_sha256(kept) == weights_sha256(trained)
+    assert kept.training == trained.training and torch.equal(torch.get_rng_state(), before)
+    assert all(p.requires_grad for p in kept.parameters())
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file.write_bytes(file.read_bytes()[:1000])
+    assert weights_sha256(digits_vit(seed=3, epochs=1)) == weights_sha256(trained)
+    assert "damaged" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not digits_vit(seed=3, epochs=1).training
+    assert "cannot be kept" in caplog.text

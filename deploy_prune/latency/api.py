@@ -41,7 +41,7 @@ def latency_plans(
     """
     from converters.onnx_export import export_onnx
     from deploy_prune.basis import in_basis
-    from deploy_prune.gguf import cache_root
+    from deploy_prune.cache import cache_root
     from deploy_prune.latency.distance import distance_of
     from deploy_prune.latency.fitting import Search, fit_plans
     from deploy_prune.latency.losses import loss_curve

@@ -38,7 +38,7 @@ def choose_members(
     setup: Setup, path: SolutionPath, moments: Moments | None, directory: Path, note: Callable[[str], None]
 ) -> None:
     """Write the plans of all members, how they fit, the table and the losses into `directory`."""
-    from deploy_prune.gguf import cache_root
+    from deploy_prune.cache import cache_root
     from deploy_prune.latency.fitting import Search, fit_plans
     from deploy_prune.latency.losses import loss_curve
     from deploy_prune.latency.measure import latency_table

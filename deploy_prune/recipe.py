@@ -23,6 +23,7 @@ from deploy_prune.recovery.options import RecoverOptions
 Share = Annotated[float, Field(gt=0, lt=1, strict=False, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1, max_length=300)]
 
 
 class Part(BaseModel):
@@ -222,6 +223,16 @@ class BenchPart(Part):
     threads: Count | None = None
 
 
+class ProvenancePart(Part):
+    """Licence (an identifier such as `apache-2.0`) and origin (an address or a sentence) of the base weights and of the
+    data, for manifest and model card. Null: what the model's own files, timm or the data's card say, else unknown."""
+
+    model_license: Name | None = None
+    model_source: Name | None = None
+    data_license: Name | None = None
+    data_source: Name | None = None
+
+
 class Recipe(Part):
     """One run. `deploy-prune run --schema` prints the JSON schema of this class."""
 
@@ -239,6 +250,7 @@ class Recipe(Part):
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()
     bench: BenchPart = BenchPart()
+    provenance: ProvenancePart = ProvenancePart()
     compute: ComputePart = ComputePart()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

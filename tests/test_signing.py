@@ -51,6 +51,12 @@ def test_signed_bundle_verifies_with_the_public_key_and_gate_asks_for_it(bundle,
     assert run_command(["verify", str(bundle), "--key", str(keys / "other.pub")]) == 4
 
 
+def test_a_bundle_is_signed_and_verified_by_a_relative_name_too(bundle, keys, monkeypatch):
+    monkeypatch.chdir(bundle.parent)
+    assert run_command(["sign", bundle.name, "--key", str(keys / "own.pem")]) == 0
+    assert run_command(["verify", bundle.name, "--key", str(keys / "own.pub")]) == 0
+
+
 def test_verify_says_of_a_signature_that_nobody_asked_about_that_it_was_not_checked(bundle, keys):
     assert verify(bundle).signature == "none"
     sign(bundle, keys / "own.pem")

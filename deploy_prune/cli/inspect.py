@@ -243,6 +243,8 @@ def describe_bundle(directory: str) -> dict[str, Any]:
         "model": manifest.base.reference,
         "parameters": manifest.base.parameters,
         "weights_sha256": manifest.base.weights_sha256,
+        "licence": f"weights: {manifest.provenance.model.license or 'unknown'}, "
+        f"data: {manifest.provenance.data.license or 'unknown'}",
         "task": manifest.task.get("name"),
         "inputs": "; ".join(f"{t.name} {t.dtype}{t.shape}" for t in manifest.inputs),
         "output": f"{manifest.output.name} {manifest.output.dtype}{manifest.output.shape}",

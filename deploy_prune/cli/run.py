@@ -28,6 +28,8 @@ def resume_options(command: Any) -> Any:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key: search.method=fisher")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the bundle.  [default: runs/NAME]")
 @resume_options
+@click.option("--mlflow", metavar="URI", help="Log the bundle to this MLflow tracking server: http://HOST:5000")
+@click.option("--mlflow-experiment", metavar="NAME", help="Experiment there.  [default: deploy-prune]")
 @click.option("--dry-run", is_flag=True, help="Check everything that needs no download; say what would be done.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -36,6 +38,8 @@ def command(
     settings: tuple[str, ...],
     out: Path | None,
     mode: Mode | None,
+    mlflow: str | None,
+    mlflow_experiment: str | None,
     dry_run: bool,
     schema: bool,
     as_json: bool,
@@ -51,14 +55,24 @@ def command(
         return
     if recipe is None:
         raise click.UsageError(f"Missing RECIPE: a YAML file or one of {', '.join(recipes.builtin_recipes())}.")
-    run_and_report(recipe, settings, out, mode, dry_run, as_json)
+    run_and_report(recipe, settings, out, mode, dry_run, as_json, mlflow, mlflow_experiment)
 
 
 def run_and_report(
-    source: str, settings: tuple[str, ...], out: Path | None, mode: Mode | None, dry_run: bool, as_json: bool
+    source: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    mode: Mode | None,
+    dry_run: bool,
+    as_json: bool,
+    mlflow: str | None = None,
+    experiment: str | None = None,
 ) -> None:
-    """Load the recipe, run it (or say what it would do) and print what came out."""
+    """Load the recipe, run it (or say what it would do) and print what came out; log it to MLflow where asked."""
     from deploy_prune.recipe import load_recipe
+
+    if experiment is not None and mlflow is None:
+        raise click.UsageError("--mlflow-experiment goes with --mlflow URI.")
 
     recipe = load_recipe(source, settings)
     out = out or Path("runs") / recipe.name
@@ -70,9 +84,15 @@ def run_and_report(
         outlook.raise_for_missing()
         return
     from deploy_prune.pipeline import run_recipe
+    from deploy_prune.release import tracking
 
+    experiment = experiment or tracking.EXPERIMENT
+    if mlflow is not None and distributed.is_main():
+        tracking.connect(mlflow, experiment)  # what is missing shows now, not after hours
     outcome = run_recipe(recipe, out, mode=mode or "new", progress=console.progress(), note=console.note)
     report_bundle(outcome, as_json)
+    if mlflow is not None and distributed.is_main():
+        console.note(f"logged to MLflow: run {tracking.log_bundle(outcome.out, mlflow, experiment)}")
 
 
 def report_bundle(outcome: Outcome, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from deploy_prune.pipeline.workspace import Stage
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import Costs
-    from deploy_prune.release.manifest import Member
+    from deploy_prune.release.manifest import Member, ProvenanceEntry
 
 # Names of the files that stages leave for each other.
 FACTS = "facts.json"
@@ -90,6 +90,7 @@ def assemble(
             base=BaseModelEntry(
                 reference=portable["model"], weights_sha256=setup.weights_sha256, parameters=count_params(setup.model)
             ),
+            provenance=_provenance(setup),
             task={**setup.task.describe(), **data},
             recipe=portable,
             versions=package_versions(),
@@ -103,6 +104,16 @@ def assemble(
             seconds=dict(seconds),
         ),
     )
+
+
+def _provenance(setup: Setup) -> ProvenanceEntry:
+    from deploy_prune.provenance import data_origin, model_origin
+    from deploy_prune.release.manifest import OriginEntry, ProvenanceEntry
+
+    said, recipe = setup.recipe.provenance, setup.recipe
+    model = model_origin(recipe.model, said.model_license, said.model_source)
+    data = data_origin(recipe.task.calibration, said.data_license, said.data_source)
+    return ProvenanceEntry(model=OriginEntry(**vars(model)), data=OriginEntry(**vars(data)))
 
 
 def _member(

@@ -54,8 +54,17 @@ def model_card(manifest: Manifest) -> str:
         "compares every file with its hash in `manifest.json` and every model with the outputs stored in `samples/`.",
         "## Made with",
         ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()) if version) + ".",
-        f"SHA-256 of the dense weights: `{manifest.base.weights_sha256}`. "
-        "The licence of the dense model and of its data applies to what was cut from it.",
+        f"SHA-256 of the dense weights: `{manifest.base.weights_sha256}`.",
+        "## Licence and origin",
+        _table(
+            ("", "licence", "origin", "stated by"),
+            [
+                (name, origin.license or "unknown", origin.source or "unknown", origin.stated_by or "–")
+                for name, origin in (("dense model", manifest.provenance.model), ("data", manifest.provenance.data))
+            ],
+        ),
+        "The licence of the dense model and of its data applies to what was cut from it."
+        + ("" if manifest.provenance.model.license else " That of the dense model is not known: find it out first."),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -71,11 +80,17 @@ _PIPELINES = {
 
 
 def _metadata(manifest: Manifest) -> str:
-    """The YAML head of the card that the Hugging Face Hub reads. No licence is claimed: it is the base model's."""
+    """The YAML head of the card that the Hugging Face Hub reads. The licence is the dense model's."""
     import yaml
+
+    from deploy_prune.provenance import HUB_LICENSES
 
     task = str(manifest.task.get("name"))
     data: dict[str, object] = {"library_name": "onnx", "tags": ["onnx", "pruned", "deploy-prune"]}
+    stated = manifest.provenance.model.license
+    data["license"] = "unknown" if stated is None else stated.lower() if stated.lower() in HUB_LICENSES else "other"
+    if data["license"] == "other":
+        data["license_name"] = stated
     scheme, _, base = manifest.base.reference.partition(":")
     base = base.partition("?")[0]
     if scheme == "hf" and re.fullmatch(r"[\w.-]+/[\w.-]+", base):

@@ -79,6 +79,9 @@ def gate(bundle: Path | str, rules: Rules, *, progress: Progress = SILENT) -> Ga
     chosen = [rule_set.select(names) for rule_set in rules.rules]
     verdicts: list[Verdict] = []
     error, measured = _verify(bundle, rules, verdicts, progress)
+    for rule_set in rules.rules:
+        if rule_set.license:
+            verdicts += [_settle(verdict, rule_set) for verdict in _licenses(manifest)]
     for rule_set, selected in zip(rules.rules, chosen, strict=True):
         for member in manifest.members:
             if member.name in selected:
@@ -115,6 +118,17 @@ def _verify(
             measured = {check.name: check.error for check in report.members}
             verdicts.append(Verdict("verify", BUNDLE, "passed", f"{report.files} files", "whole and as made"))
     return error, measured
+
+
+def _licenses(manifest: Manifest) -> Iterator[Verdict]:
+    """One verdict for the dense model's weights and one for the data. That the licence permits shipping is for people
+    to judge."""
+    for what, origin in (("weights", manifest.provenance.model), ("data", manifest.provenance.data)):
+        if origin.license is None:
+            reason = f"neither the recipe (provenance) nor the {what}' own files say"
+            yield Verdict("license", BUNDLE, "not measured", "unknown", "known", what, reason)
+        else:
+            yield Verdict("license", BUNDLE, "passed", origin.license, "known", what, f"by {origin.stated_by}")
 
 
 def _judge(bundle: Path, manifest: Manifest, member: Member, rules: RuleSet, parity: float) -> Iterator[Verdict]:

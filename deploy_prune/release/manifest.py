@@ -52,6 +52,21 @@ class BaseModelEntry(_Part):
     parameters: Count
 
 
+class OriginEntry(_Part):
+    """Licence and origin of base weights or data, and who states them; None is unknown."""
+
+    license: Text | None = None
+    source: Text | None = None
+    stated_by: Text | None = None
+
+
+class ProvenanceEntry(_Part):
+    """`data` are the calibration data."""
+
+    model: OriginEntry = OriginEntry()
+    data: OriginEntry = OriginEntry()
+
+
 class TensorEntry(_Part):
     """An input or output; a string in `shape` names a dynamic dimension."""
 
@@ -261,6 +276,7 @@ class Manifest(_Part):
     name: Name
     run: Text | None = None
     base: BaseModelEntry
+    provenance: ProvenanceEntry = ProvenanceEntry()
     task: dict[str, Any]
     recipe: dict[str, Any]
     versions: dict[str, str | None]

@@ -26,6 +26,7 @@ RuleName = Literal[
     "max_parity",
     "audit",
     "require_runtime",
+    "license",
     "signature",
     "verify",
 ]
@@ -62,6 +63,7 @@ class RuleSet(BaseModel):
     max_parity: Positive | None = Field(None, description="difference from torch, relative to the largest output")
     audit: bool = Field(False, description="the audit of the graph must have been made and have passed")
     require_runtime: list[str] = Field([], description="runtimes in which each member must have been timed")
+    license: bool = Field(False, description="the licences of base weights and data must be known")
     signature: str | None = Field(None, description="public key (PEM) the bundle must be signed with")
     verify: bool = Field(True, description="hashes, graphs and stored answers are checked first")
     allow_unmeasured: list[RuleName] = Field([], description="rules that a figure nobody measured does not break")
@@ -77,7 +79,16 @@ class RuleSet(BaseModel):
 
     @staticmethod
     def limits() -> tuple[str, ...]:
-        return ("max_drop", *LATENCY_RULES, *SIZE_RULES, "max_parity", "audit", "require_runtime", "signature")
+        return (
+            "max_drop",
+            *LATENCY_RULES,
+            *SIZE_RULES,
+            "max_parity",
+            "audit",
+            "require_runtime",
+            "license",
+            "signature",
+        )
 
     def asked(self) -> list[str]:
         """Names of the rules that are set."""

@@ -91,7 +91,7 @@ def _sign(bundle: Path, prepare: Callable[[Any], Any]) -> Path:
     config = prepare(library.signing.Config().set_hashing_config(hashing))
     target = bundle / SIGNATURE
     with atomic_file(target) as temporary:
-        hashing.add_ignored_paths(model_path=bundle, paths=[temporary])
+        hashing.add_ignored_paths(model_path=bundle, paths=[temporary.name])  # as seen from the bundle
         try:
             config.sign(bundle, temporary)
         except Exception as error:  # what sigstore's services answer has no common class

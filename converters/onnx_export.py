@@ -118,7 +118,7 @@ def export_onnx(
         sha256=sha256_file(path) if large else hashlib.sha256(serialized).hexdigest(),
         bytes=size,
         external=_data_name(path) if large else None,
-        opset=opset,
+        opset=exported.opset_imports[""],
         variant=variant,
         nodes=len(proto.graph.node),
         inputs=described["inputs"],

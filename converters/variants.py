@@ -19,14 +19,19 @@ def passes(variant: Variant, weights: Collection[str]) -> list[ir.passes.PassBas
     """The graph passes of a variant, in order. `weights` are the parameters' names."""
     from converters.passes.attention import FuseAttention
     from converters.passes.flat_tokens import FlatTokens
+    from converters.passes.grouped_heads import StackGroups
     from converters.passes.no_op_reshape import NoOpReshape
+    from converters.passes.rms_norm import FuseRmsNorm
+    from converters.passes.rotary import FuseRotary
+    from converters.passes.softmax_floor import FloorMaskedScores
     from converters.passes.split_linear import SplitLinear
     from converters.passes.vanished_zeros import VanishedZeros
 
     if variant == "plain":
         return []
-    fused = [FuseAttention(weights)] if variant == "ort" else []
-    return [NoOpReshape(), VanishedZeros(), SplitLinear(weights), *fused, FlatTokens(weights)]
+    own = [FuseAttention(weights), FuseRotary(), FloorMaskedScores()] if variant == "ort" else []
+    lean = [NoOpReshape(), VanishedZeros(), SplitLinear(weights), StackGroups()]
+    return [*lean, *own, FuseRmsNorm(may_raise=variant == "ort"), FlatTokens(weights)]
 
 
 def apply(model: ir.Model, variant: Variant, weights: Collection[str]) -> None:

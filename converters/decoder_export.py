@@ -22,6 +22,8 @@ from deploy_prune.files import atomic_dir, write_json
 if TYPE_CHECKING:
     from torch import nn
 
+    from converters.variants import Variant
+
 GRAPH, GENAI = "model.onnx", "genai_config.json"
 TRACED = {"past_sequence": 5, "total_sequence": 16}  # beside the exporter's own 11 new tokens
 
@@ -50,12 +52,14 @@ def export_decoder(
     *,
     tokenizer: Any = None,
     opset: int = 18,
+    variant: Variant = "plain",
     metadata: Mapping[str, str] | None = None,
 ) -> DecoderReport:
     """Write a causal language model of transformers with its key/value cache into `directory`, atomically.
 
     One graph serves prefill (an empty past) and decoding. Caches are those of `cache_slots`: of unlike heads and
-    widths, and none where an attention vanished. `tokenizer` is saved beside it. Raises as `export_onnx`, and
+    widths, and none where an attention vanished. `tokenizer` is saved beside it; `variant` is the form of the graph, as of
+    `export_onnx`. Raises as `export_onnx`, and
     UnsupportedModelError for a model without a cache.
     """
     from converters.genai import genai_config
@@ -68,6 +72,7 @@ def export_decoder(
             room / GRAPH,
             signature,
             opset=opset,
+            variant=variant,
             example_sizes=TRACED,
             metadata={**(metadata or {}), METADATA: about.to_json()},
         )

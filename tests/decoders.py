@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 @cache
-def exported(name: str, how: str) -> tuple[Any, Path, DecoderReport]:
+def exported(name: str, how: str, variant: Any = "plain") -> tuple[Any, Path, DecoderReport]:
     """(compact model, its directory, report). `how`: "uneven" cuts all kinds at random; "gone" takes the first
     attention whole, and one head of the last; "heads" leaves widths, and other heads in every layer."""
     model = build(name)
@@ -58,8 +58,9 @@ def exported(name: str, how: str) -> tuple[Any, Path, DecoderReport]:
             )
         plan = plan_from_units("tiny", random_path(model, signature_of(name)).weights_sha256, sites, kept)
     small = compact(model, plan)
-    directory = Path(_ROOM.name) / f"{name}-{how}"
-    return small, directory, export_decoder(small, directory, tokenizer=tokenizer())
+    directory = Path(_ROOM.name) / f"{name}-{how}-{variant}"
+    opset = 18 if variant == "plain" else 20
+    return small, directory, export_decoder(small, directory, tokenizer=tokenizer(), opset=opset, variant=variant)
 
 
 def written(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:

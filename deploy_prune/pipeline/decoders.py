@@ -40,11 +40,13 @@ def make_decoder(setup: Setup, model: nn.Module, name: str, directory: Path) -> 
 
     if not setup.recipe.export.cache:
         return None
+    form: Any = setup.recipe.export.variant  # settled before anything is exported
     report = export_decoder(
         model,
         directory / DECODER,
         tokenizer=tokenizer_of(setup),
         opset=setup.recipe.export.opset,
+        variant=form,
         metadata={"deploy_prune.member": name},
     )
     parity = check_decoder(model, directory / DECODER / GRAPH, **parity_options(setup))
@@ -73,6 +75,7 @@ def place_decoder(
             "sha256": exported["sha256"],
             "bytes": exported["bytes"],
             "opset": exported["opset"],
+            "variant": exported["variant"],
             "caches": facts["caches"],
             "inputs": exported["inputs"],
             "outputs": facts["outputs"],

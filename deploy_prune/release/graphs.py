@@ -105,8 +105,7 @@ def _interface_problems(
         ]
         if want != got:
             yield f"{member.file} has {got}, the manifest says {want}"
-    variant = member.variant if isinstance(member, Member) else "plain"
-    if foreign := sorted({node.domain for node in graph.graph.node} - {*DOMAINS[variant], "ai.onnx"}):
-        yield f"{member.file} uses operators of {', '.join(foreign)}, which variant {variant} may not"
+    if foreign := sorted({node.domain for node in graph.graph.node} - {*DOMAINS[member.variant], "ai.onnx"}):
+        yield f"{member.file} uses operators of {', '.join(foreign)}, which variant {member.variant} may not"
     if [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] != [member.opset]:
         yield f"{member.file} is not of opset {member.opset}"

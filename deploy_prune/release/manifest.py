@@ -206,6 +206,7 @@ class DecoderEntry(_Part):
     sha256: Sha256
     bytes: Count
     opset: Annotated[int, Field(ge=1)]
+    variant: Literal["plain", "standard", "ort"] = "plain"
     caches: Annotated[list[CacheEntry], Field(max_length=1000)]
     inputs: Annotated[list[TensorEntry], Field(min_length=2, max_length=2002)]
     outputs: Annotated[list[TensorEntry], Field(min_length=1, max_length=2001)]

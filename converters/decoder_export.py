@@ -58,9 +58,8 @@ def export_decoder(
     """Write a causal language model of transformers with its key/value cache into `directory`, atomically.
 
     One graph serves prefill (an empty past) and decoding. Caches are those of `cache_slots`: of unlike heads and
-    widths, and none where an attention vanished. `tokenizer` is saved beside it; `variant` is the form of the graph, as of
-    `export_onnx`. Raises as `export_onnx`, and
-    UnsupportedModelError for a model without a cache.
+    widths, and none where an attention vanished. `tokenizer` is saved beside it; `variant` is the form of the graph.
+    Raises as `export_onnx`, and UnsupportedModelError for a model without a cache.
     """
     from converters.genai import genai_config
 

@@ -5,16 +5,18 @@
 Ours: `standard`, `ort` and `plain` (converters/variants.py), and with --macs .5 members of align 8 at that share of the
 dense model's multiplications, cut by weight magnitude (which units leave does not matter for time). Theirs: torch.onnx
 with dynamo at opset 18 and 23, the exporter before it at opset 17, ONNX Runtime's transformers optimizer, onnxslim and
-onnxsim on top. Each file's largest error against torch is noted beside its time. `--clock cpu` counts the CPU time of
-the process instead of the time on the wall, which on a machine that does other work is far steadier; it makes sense
-with one thread only.
+onnxsim on top. Each file's largest error against torch is noted beside its time; a file that does not run at a batch
+other than the traced one, or is further off than `WRONG`, is not timed but listed with what is wrong.
+`--clock cpu` counts the CPU time of the process instead of the time on the wall, which on a machine that does other
+work is far steadier; it makes sense with one thread only. `--keep` leaves the files for another run, which does not
+make them again: for other cells of the same model by the same code.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,18 +31,24 @@ if TYPE_CHECKING:
     from deploy_prune.signature import Signature
 
 OURS = ("standard", "ort", "plain")
+WRONG = 1e-2  # of the largest output: no rounding
 
 
 class Work:
     """One model with its folder of files; what could not be made is kept with the reason."""
 
-    def __init__(self, model: nn.Module, signature: Signature, folder: Path) -> None:
-        self.model, self.signature, self.folder = model, signature, folder
+    def __init__(self, model: nn.Module, signature: Signature, folder: Path, skipped: Collection[str] = ()) -> None:
+        self.model, self.signature, self.folder, self.skipped = model, signature, folder, skipped
         self.files: dict[str, Path] = {}
         self.failed: dict[str, str] = {}
 
     def make(self, name: str, write: Callable[[Path], None]) -> None:
+        if name in self.skipped:
+            return
         file = self.folder / f"{name}.onnx"
+        if file.exists():
+            self.files[name] = file
+            return
         try:
             write(file)
         except Exception as error:  # of other tools; what they raise is theirs to choose
@@ -155,18 +163,32 @@ def members(work: Work, setup: Setup, share: float) -> None:
 
 
 def errors(work: Work) -> dict[str, float]:
-    """Largest error against torch of every file of the dense model, relative to the largest output."""
+    """Largest error against torch of every file of the dense model, relative to the largest output, at a batch of 3;
+    a file that is wrong there, or does not run, is no longer one of the study's."""
     import torch
 
     from converters.comparison import compare
     from converters.onnx_session import OnnxSession
+    from deploy_prune.errors import ArtifactError
 
-    inputs = work.signature.random_inputs(work.sizes(), seed=1)
+    inputs = work.signature.random_inputs({"batch": 3, "sequence": 17}, seed=1)
     with torch.no_grad():
         expected = work.signature.call(work.model, inputs).numpy()
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    dense = {name: file for name, file in work.files.items() if not name.endswith("MACs")}
-    return {n: compare(expected, OnnxSession(f).run(arrays), tolerance=1.0).error for n, f in dense.items()}
+    found: dict[str, float] = {}
+    for name, file in list(work.files.items()):
+        if name.endswith("MACs"):
+            continue
+        try:
+            found[name] = compare(expected, OnnxSession(file).run(arrays), tolerance=WRONG).error
+        except ArtifactError as error:
+            work.failed[name] = f"does not run: {str(error.got)[:300]}"
+        else:
+            if found[name] <= WRONG:
+                continue
+            work.failed[name] = f"wrong: error {found[name]:.1e}"
+        del work.files[name]
+    return found
 
 
 def verdict(report: LatencyReport, rivals: list[str]) -> dict[str, Any]:
@@ -185,6 +207,9 @@ def verdict(report: LatencyReport, rivals: list[str]) -> dict[str, Any]:
 @click.option("--seconds", type=float, default=3.0, show_default=True)
 @click.option("--threads", type=int)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
+@click.option("--sessions", type=int, default=5, show_default=True, help="How often every file is loaded.")
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Leave the files in this directory.")
+@click.option("--skip", multiple=True, metavar="NAME", help="A file not to make, for want of memory or time.")
 @click.option("--macs", type=float, help="Also time members at this share of the multiplications.")
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
@@ -194,6 +219,9 @@ def main(
     seconds: float,
     threads: int | None,
     clock: str,
+    sessions: int,
+    keep: Path | None,
+    skip: tuple[str, ...],
     macs: float | None,
     out: Path | None,
 ) -> None:
@@ -209,10 +237,14 @@ def main(
         raise click.UsageError("--clock cpu adds up the time of all threads: give --threads 1")
     setup = prepare(load_recipe(recipe))
     with tempfile.TemporaryDirectory(prefix="deploy-prune-export-") as folder:
-        work = Work(setup.model.eval(), setup.task.signature, Path(folder))
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+        work = Work(setup.model.eval(), setup.task.signature, keep or Path(folder), skip)
         for make in (ours, torch_exporters, optimisers):
             make(work)
             click.echo(f"{make.__name__}: {', '.join(work.files)}; failed: {work.failed or 'none'}")
+        wrong = errors(work)
+        click.echo(f"errors: {wrong}; failed: {work.failed or 'none'}")
         rivals = [name for name in work.files if name not in OURS]
         if macs is not None:
             members(work, setup, macs)
@@ -227,6 +259,7 @@ def main(
                 inputs,
                 sizes=sizes,
                 seconds=seconds,
+                sessions=sessions,
                 threads=threads,
                 clock=time.process_time_ns if clock == "cpu" else time.perf_counter_ns,
             )
@@ -239,7 +272,8 @@ def main(
                 "recipe": recipe,
                 "clock": clock,
                 "threads": threads,
-                "errors": errors(work),
+                "errors": wrong,
+                "skipped": list(skip),
                 "failed": work.failed,
                 "cells": cells,
                 "environment": environment(),

@@ -60,51 +60,32 @@ def main(
     from bench.environment import environment
     from deploy_prune.cli import console
     from deploy_prune.files import write_json
-    from deploy_prune.gguf import cache_root
-    from deploy_prune.latency.fitting import Search, fit_plans
-    from deploy_prune.latency.losses import loss_curve
-    from deploy_prune.latency.measure import latency_table
+    from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline import stages
-    from deploy_prune.pipeline.choosing import losses_of
+    from deploy_prune.pipeline.choosing import exporter, search_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
 
-    setup = prepare(load_recipe(recipe, list(overrides)))
+    setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
     path = SolutionPath.load(file) if file else stages.find_path(setup)
     moments = stages.moments_of(setup)
     place = Place(runtime, batch, seq, threads)
-    progress = console.progress()
-
-    def export(model: nn.Module, onnx: Path) -> Any:
-        return stages.export(setup, model, onnx, onnx.stem)
-
-    table = latency_table(
-        setup.model,
-        setup.sites,
-        path.costs,
-        place,
-        export,
-        align=align,
-        cache=cache_root() / "latency",
-        progress=progress,
-    )
-    loss_of = losses_of(setup, path, moments)
-    curve = loss_curve(path, loss_of, progress=progress)
-    search = Search(path, table, curve, place, tuple(kind.value for kind in path.kinds()), align, loss_of)
+    export = exporter(setup)
+    search = search_of(setup, path, moments, place, align)
     plans, fits = fit_plans(
-        search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=progress
+        search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=setup.progress
     )
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
-        rivals, report = rivals_of(setup, path, table, place, plans, export, align, Path(scratch))
+        rivals, report = rivals_of(setup, path, search.table, place, plans, export, align, Path(scratch))
     judged = judge_all(setup, path, moments, {**by_latency(plans), **by_macs(rivals)}, limit)
     result = {
         "recipe": setup.recipe.name,
         "model": setup.recipe.portable()["model"],
         "path": {"method": path.method, "options": dict(path.options)},
-        "table": table.to_json(),
-        "losses": curve.to_json(),
+        "table": search.table.to_json(),
+        "losses": search.curve.to_json(),
         "fits": {name: fit.to_json() for name, fit in fits.items()},
         "timed": report.to_json(),
         "quality": judged["figures"],

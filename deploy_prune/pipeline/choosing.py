@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from deploy_prune.pipeline.setup import Setup
 from deploy_prune.plan import PrunePlan
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from deploy_prune.latency.fitting import Search
+    from deploy_prune.latency.measure import Export
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import Moments
@@ -38,34 +38,13 @@ def choose_members(
     setup: Setup, path: SolutionPath, moments: Moments | None, directory: Path, note: Callable[[str], None]
 ) -> None:
     """Write the plans of all members, how they fit, the table and the losses into `directory`."""
-    from deploy_prune.cache import cache_root
-    from deploy_prune.latency.fitting import Search, fit_plans
-    from deploy_prune.latency.losses import loss_curve
-    from deploy_prune.latency.measure import latency_table
+    from deploy_prune.latency.fitting import fit_plans
 
-    family, place = setup.recipe.family, place_of(setup)
-    kinds = path.kinds(family.kinds)
+    family, place, export = setup.recipe.family, place_of(setup), exporter(setup)
     setup.model.cpu()
-
-    def export(model: nn.Module, file: Path) -> Any:
-        return stages.export(setup, model, file, file.stem)
-
-    table = latency_table(
-        setup.model,
-        setup.sites,
-        path.costs,
-        place,
-        export,
-        kinds=kinds,
-        align=family.alignment,
-        cache=cache_root() / "latency" / f"{setup.recipe.export.variant}-{setup.recipe.export.opset}",
-        progress=setup.progress,
-    )
-    table.save(directory / TABLE)
-    loss_of = losses_of(setup, path, moments)
-    curve = loss_curve(path, loss_of, kinds=family.kinds, progress=setup.progress)
-    write_json(directory / CURVE, curve.to_json())
-    search = Search(path, table, curve, place, tuple(kind.value for kind in kinds), family.alignment, loss_of)
+    search = search_of(setup, path, moments, place, family.alignment, family.kinds)
+    search.table.save(directory / TABLE)
+    write_json(directory / CURVE, search.curve.to_json())
     targets = dict(zip(family.member_names(), ((family.budget, value) for value in family.values), strict=True))
     plans, fits = fit_plans(search, targets, setup.model, export, progress=setup.progress)  # type: ignore[arg-type]
     (directory / PLANS).mkdir()
@@ -76,8 +55,45 @@ def choose_members(
             f"{name}: {fit.measured:.3f} ms measured, {fit.predicted:.3f} predicted, {fit.limit:.3f} asked, "
             f"dense {fit.dense:.3f}" + ("" if fit.met else "; the target is MISSED")
         )
-    where = {"runtime": place.runtime, "threads": place.threads, **table_sizes(table.facts)}
+    where = {"runtime": place.runtime, "threads": place.threads, **table_sizes(search.table.facts)}
     write_json(directory / FITS, {name: {**where, **fit.to_json()} for name, fit in fits.items()})
+
+
+def exporter(setup: Setup) -> Export:
+    """Writes a model's ONNX file as the recipe says."""
+    return lambda model, file: stages.export(setup, model, file, file.stem)
+
+
+def search_of(
+    setup: Setup,
+    path: SolutionPath,
+    moments: Moments | None,
+    place: Place,
+    align: int,
+    kinds: Sequence[str] | None = None,
+) -> Search:
+    """What members are chosen from: the model's table at `place`, from the user's cache where it was measured before,
+    and what its plans along the path lose on calibration data."""
+    from deploy_prune.cache import cache_root
+    from deploy_prune.latency.fitting import Search
+    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.measure import latency_table
+
+    chosen, how = path.kinds(kinds), setup.recipe.export
+    table = latency_table(
+        setup.model,
+        setup.sites,
+        path.costs,
+        place,
+        exporter(setup),
+        kinds=chosen,
+        align=align,
+        cache=cache_root() / "latency" / f"{how.variant}-{how.opset}",
+        progress=setup.progress,
+    )
+    loss_of = losses_of(setup, path, moments)
+    curve = loss_curve(path, loss_of, kinds=kinds, progress=setup.progress)
+    return Search(path, table, curve, place, tuple(kind.value for kind in chosen), align, loss_of)
 
 
 def chosen_plans(directory: Path) -> dict[str, PrunePlan]:

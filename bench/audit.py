@@ -26,6 +26,9 @@ ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 FUSIONS = {"attention": ATTENTION, "activation": ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")}
 MOVES = ("Transpose", "Cast", "ReorderInput", "ReorderOutput", "Expand", "Slice", "Split", "Concat")
 OUTSIDE = "(outside)"
+QUANTIZED = "_quantized"  # what the quantiser adds to the name of a weight
+# Kernels of a linear layer on 8 bits.
+INTEGER = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def judge_graph(
 def _layer_read(node: onnx.NodeProto, modules: Mapping[str, str]) -> str | None:
     """The layer one of whose weights the node reads."""
     for name in node.input:
-        for part in parts_of(name):
+        for part in parts_of(name.removesuffix(QUANTIZED)):
             module = part.parameter.rpartition(".")[0]
             layer = modules.get(module) or modules.get(part.parameter)
             if layer is not None:
@@ -137,7 +140,10 @@ def _layer_read(node: onnx.NodeProto, modules: Mapping[str, str]) -> str | None:
 
 
 def _is_weight(name: str, modules: Mapping[str, str]) -> bool:
-    return any((p.parameter.rpartition(".")[0] in modules or p.parameter in modules) for p in parts_of(name))
+    return any(
+        (p.parameter.rpartition(".")[0] in modules or p.parameter in modules)
+        for p in parts_of(name.removesuffix(QUANTIZED))
+    )
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

@@ -57,9 +57,12 @@ class OnnxSession:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The first output. Raises ArtifactError when onnxruntime cannot compute it."""
+        return self.run_all(inputs)[0]
+
+    def run_all(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Every output, in the graph's order. Raises as `run`."""
         with _explained("onnxruntime cannot run the model", self.path):
-            result: np.ndarray = self._session.run(None, dict(inputs))[0]
-        return result
+            return list(self._session.run(None, dict(inputs)))
 
     def run_values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Every output by name as an onnxruntime value, which another call takes as input without a copy.

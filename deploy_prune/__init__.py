@@ -47,6 +47,7 @@ _WHERE = {
     "save_apart": "converters.adapters_apart",
     "load_apart": "converters.adapters_apart",
     "export_onnx": "converters.onnx_export",
+    "convert_precision": "converters.precision",
     "export_decoder": "converters.decoder_export",
     "check_parity": "converters.parity",
     "check_decoder": "converters.decoder_parity",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from converters.decoder_parity import check_decoder
     from converters.onnx_export import export_onnx
     from converters.parity import check_parity
+    from converters.precision import convert_precision
     from converters.stock import save_stock
     from converters.surgery import compact
     from deploy_prune.adapters import find_sites

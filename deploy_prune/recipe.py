@@ -17,6 +17,7 @@ from deploy_prune.budget import MEASURED
 from deploy_prune.delta.options import DiffOptions
 from deploy_prune.dynamic.options import DynamicOptions
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
+from deploy_prune.precision_options import PrecisionOptions
 from deploy_prune.recipe_text import expand, explain, override, parse
 from deploy_prune.recovery.options import RecoverOptions
 
@@ -196,6 +197,10 @@ class ExportPart(Part):
     cache: bool = False
 
 
+class PrecisionPart(PrecisionOptions):
+    """Every model also in other precisions, as members `NAME.PRECISION` beside their fp32 twins."""
+
+
 class ParityPart(Part):
     """How equal masked, compact and ONNX must be, relative to the largest output. `examples` real ones are added to the
     made-up inputs."""
@@ -247,6 +252,7 @@ class Recipe(Part):
     recover: RecoverPart = RecoverPart()
     dynamic: DynamicPart = DynamicPart()
     export: ExportPart = ExportPart()
+    precision: PrecisionPart = PrecisionPart()
     parity: ParityPart = ParityPart()
     quality: QualityPart = QualityPart()
     bench: BenchPart = BenchPart()

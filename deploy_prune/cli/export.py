@@ -64,6 +64,11 @@ def _targets(command: Any) -> Any:
     help="Form of the graphs: standard operators, ONNX Runtime's own too, whichever is faster, or as traced.  "
     "[default: standard]",
 )
+@click.option(
+    "--precision",
+    metavar="NAME,...",
+    help="Leave every model in these too: fp16, bf16, int8-dynamic, int8-static.",
+)
 @click.option("--no-bench", is_flag=True, help="Do not time the models.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the recipe: refit.ridge=1e-2")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
@@ -83,6 +88,7 @@ def command(
     no_refit: bool,
     recover: bool,
     variant: str | None,
+    precision: str | None,
     no_bench: bool,
     settings: tuple[str, ...],
     output: Path,
@@ -108,6 +114,7 @@ def command(
         f"{key}={value}" for key, value in (("task.calibration", data), ("task.evaluation", evaluation)) if value
     ]
     changes += [f"export.variant={variant}"] if variant else []
+    changes += [f"precision.also=[{precision}]"] if precision else []
     changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")

@@ -59,12 +59,15 @@ def assemble(
     chosen: Stage | None = None,
     learned: Stage | None = None,
     formed: Stage | None = None,
+    lowered: Mapping[str, tuple[Stage, str]] | None = None,
 ) -> None:
     """Fill the empty directory `bundle`; `models` holds the dense stage first, then every member's; `learned` is the
-    stage of the task delta, where one made the dense model, `formed` that which chose the graph's form."""
+    stage of the task delta, where one made the dense model, `formed` that which chose the graph's form, `lowered` the
+    stages of members in other precisions with the names of their twins."""
     from bench.environment import environment, package_versions
     from deploy_prune.budget import count_params
     from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.precisions import place_precision
     from deploy_prune.release.bundle import finish, latency_entries
     from deploy_prune.release.manifest import BaseModelEntry, DeltaEntry, Manifest, TensorEntry
 
@@ -79,6 +82,11 @@ def assemble(
     members = [
         _member(bundle, setup, name, stage, path, latency.get(name, []), fits.get(name))
         for name, stage in models.items()
+    ]
+    twins = {member.name: member for member in members}
+    members += [
+        place_precision(bundle, name, stage, twins[twin], latency.get(name, []), name.removeprefix(f"{twin}."))
+        for name, (stage, twin) in (lowered or {}).items()
     ]
     signature = setup.task.signature.describe()
     data = {"calibration": portable["task"]["calibration"], "evaluation": portable["task"]["evaluation"]}

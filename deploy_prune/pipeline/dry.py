@@ -115,6 +115,9 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     if recipe.dynamic.enabled:
         cut = f"plan, refit, train with changing structure ({_dynamic(recipe)}), cut, parity, quality"
     stages.append(f"each of {len(members)} members: {cut}, {export}, parity, quality")
+    if recipe.precision.also:
+        also = ", ".join(recipe.precision.also)
+        stages.append(f"each model also in {also}: parity with its fp32 file, agreement of predictions, quality")
     if recipe.bench.enabled:
         bench = recipe.bench
         cells = f"batch {', '.join(map(str, bench.batch))}"

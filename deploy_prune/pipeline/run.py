@@ -17,6 +17,7 @@ from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bu
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
+from deploy_prune.pipeline.precisions import check_precisions, precision_stages
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.uniform import check_uniform
@@ -74,6 +75,7 @@ def run_recipe(
     setup = prepare(recipe, progress)
     _check_lengths(setup)
     check_uniform(setup)
+    check_precisions(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)
@@ -87,14 +89,16 @@ def run_recipe(
         dense = dense_stage(workspace, setup)
         chosen = choosing_stage(workspace, setup, searched, moments)
         members = member_stages(workspace, setup, searched, moments, dense, chosen)
-        timed = bench_stage(workspace, setup, dense, members)
+        lowered = precision_stages(workspace, setup, {stages.DENSE: dense, **members}, _reference(dense))
+        timed = bench_stage(workspace, setup, dense, members, lowered)
         models = {stages.DENSE: dense, **members}
-        made = [stage for stage in (learned, formed, searched, chosen, *models.values(), timed) if stage is not None]
+        parts = (learned, formed, searched, chosen, *models.values(), *(s for s, _ in lowered.values()), timed)
+        made = [stage for stage in parts if stage is not None]
         bundle = workspace.stage(
             "bundle",
             {"run": wanted, "parts": [stage.fingerprint for stage in made]},
             lambda directory: assemble(
-                directory, setup, wanted, searched, models, timed, workspace.seconds, chosen, learned, formed
+                directory, setup, wanted, searched, models, timed, workspace.seconds, chosen, learned, formed, lowered
             ),
         )
         workspace.finish(bundle)
@@ -344,16 +348,24 @@ def _chosen(stage: Stage) -> dict[str, PrunePlan]:
     return choosing.chosen_plans(stage.directory)
 
 
-def bench_stage(workspace: Workspace, setup: Setup, dense: Stage, members: dict[str, Stage]) -> Stage | None:
+def bench_stage(
+    workspace: Workspace,
+    setup: Setup,
+    dense: Stage,
+    members: dict[str, Stage],
+    lowered: Mapping[str, tuple[Stage, str]] | None = None,
+) -> Stage | None:
     """Raw samples and figures of every cell, unless the recipe does without."""
     how = setup.recipe.bench
     if not how.enabled:
         return None
-    made = {stages.DENSE: dense, **members}
+    extra = {name: stage for name, (stage, _) in (lowered or {}).items()}
+    precisions = {name: name.removeprefix(f"{twin}.") for name, (_, twin) in (lowered or {}).items()}
+    made = {stages.DENSE: dense, **members, **extra}
     files = {name: stage.directory / f"{name}.onnx" for name, stage in made.items()}
 
     def work(directory: Path) -> None:
-        for report in stages.time_family(setup, files):
+        for report in stages.time_family(setup, files, precisions):
             cell = report.to_json()
             name = "-".join([str(cell["runtime"]), *(f"{k}{v}" for k, v in report.samples.sizes.items())])
             report.save_raw(directory / f"{name}.samples.json")

@@ -305,16 +305,18 @@ def export(setup: Setup, model: nn.Module, onnx: Path, name: str, *, variant: st
     return export_onnx(model, onnx, setup.task.signature, opset=how.opset, variant=form, metadata=about).to_json()
 
 
-def judge(setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None) -> dict[str, Any] | None:
-    """The task's metric of an ONNX file as onnxruntime computes it, its scores per example left in `directory`; None
-    without evaluation data."""
+def judge(
+    setup: Setup, onnx: Path, directory: Path, reference: np.ndarray | None = None, predict: Any = None
+) -> dict[str, Any] | None:
+    """The task's metric of an ONNX file as onnxruntime computes it, or `predict`, its scores per example left in
+    `directory`; None without evaluation data."""
     from deploy_prune.release.scores import save_scores
     from deploy_prune.tasks.base import AGREEMENT
 
     if setup.task.evaluation_size == 0:
         return None
     how = setup.recipe.quality
-    predict = onnx_predictor(onnx)
+    predict = predict or onnx_predictor(onnx)
     if setup.task.metric == AGREEMENT and reference is None:
         reference = setup.task.reference_answers(predict, how.batch_size, how.limit, setup.progress)
         _save_reference(reference, directory)
@@ -335,11 +337,15 @@ def onnx_predictor(onnx: Path) -> Any:
     return predict
 
 
-def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
-    """Every cell of the recipe's latency table; the first of `files` is the baseline."""
+def time_family(
+    setup: Setup, files: Mapping[str, Path], precisions: Mapping[str, str] | None = None
+) -> list[LatencyReport]:
+    """Every cell of the recipe's latency table; the first of `files` is the baseline. Of those in another precision
+    (`precisions`: name -> which) a runtime is only given what it computes in."""
     from bench.inputs import graph_inputs, has_sequence, make_inputs
     from bench.runtimes import get_runtime
     from bench.timing import measure
+    from converters.precision.formats import runs
 
     how, seed = setup.recipe.bench, setup.recipe.seed
     specs = graph_inputs(next(iter(files.values())))
@@ -347,13 +353,14 @@ def time_family(setup: Setup, files: Mapping[str, Path]) -> list[LatencyReport]:
     reports = []
     for name in how.runtimes:
         runtime = get_runtime(name, trust_code=setup.recipe.model.startswith("python:"))
+        timed = {member: file for member, file in files.items() if runs(name, (precisions or {}).get(member, "fp32"))}
         for batch in how.batch:
             for length in lengths:
                 inputs = make_inputs(specs, batch=batch, sequence=length, seed=seed)
                 sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
                 reports.append(
                     measure(
-                        files,
+                        timed,
                         inputs,
                         runtime=runtime,
                         sizes=sizes,

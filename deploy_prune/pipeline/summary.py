@@ -46,6 +46,11 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     table = []
     for member in found["members"]:
         quality = member["quality"]
+        times = {
+            f"{c['runtime']} {c['sizes']}": f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]"
+            + ("" if c["trusted"] else " (untrusted)")
+            for c in member["latency"]
+        }
         table.append(
             [
                 member["name"],
@@ -57,10 +62,7 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
                 *([_quality(member["quality_before"])] if trained else []),
                 *([_quality(quality)] if metric else []),
                 f"{member['parity']:.0e}",
-                *(
-                    f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" + ("" if c["trusted"] else " (untrusted)")
-                    for c in member["latency"]
-                ),
+                *(times.get(cell, "not timed") for cell in cells),
             ]
         )
     return columns, table

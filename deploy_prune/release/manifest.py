@@ -227,7 +227,8 @@ class DecoderEntry(_Part):
 
 class Member(_Part):
     """One model of the family. `weight_bytes` are the bytes of parameters in the file, exactly; `variant` says which
-    operators it may use (see converters/variants.py)."""
+    operators it may use (see converters/variants.py). One in another precision than fp32 was made from its `twin`, and
+    its samples are its own answers; costs are those of the twin."""
 
     name: Name
     file: Text
@@ -236,6 +237,8 @@ class Member(_Part):
     bytes: Count
     opset: Annotated[int, Field(ge=1)]
     variant: Literal["plain", "standard", "ort"] = "plain"
+    precision: Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-static"] = "fp32"
+    twin: Name | None = None
     weight_bytes: Count
     plan: Text | None = None
     checkpoint: Text | None = None
@@ -304,6 +307,12 @@ class Manifest(_Part):
         names = [member.name for member in self.members]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"members named twice: {', '.join(doubled)}")
+        exact = {member.name for member in self.members if member.precision == "fp32"}
+        problems += [
+            f"member {member.name} is {member.precision} and has no fp32 twin among the members"
+            for member in self.members
+            if (member.precision != "fp32" or member.twin) and member.twin not in exact - {member.name}
+        ]
         for member in self.members:
             problems += [
                 f"member {member.name} names {named}, which is not among the files"

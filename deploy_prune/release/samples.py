@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,15 +39,34 @@ def record_samples(
     """Ask `model` about made-up inputs and store question and answer as safetensors: `0/input/NAME`, `0/output`."""
     import torch
 
-    tensors: dict[str, np.ndarray] = {}
     device = next(model.parameters()).device
-    for i, size in enumerate(sizes):
-        inputs = signature.random_inputs(size, seed=seed + i, padding=True)
+
+    def answer(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         with torch.no_grad():
-            output = signature.call(model, {name: value.to(device) for name, value in inputs.items()})
-        tensors |= {f"{i}/input/{name}": value.numpy() for name, value in inputs.items()}
-        tensors[f"{i}/output"] = output.float().cpu().numpy()
+            output = signature.call(model, {name: torch.from_numpy(value).to(device) for name, value in inputs.items()})
+        found: np.ndarray = output.float().cpu().numpy()
+        return found
+
+    record_answers(path, answer, signature, seed=seed, sizes=sizes)
+
+
+def record_answers(
+    path: Path | str,
+    answer: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    signature: Signature,
+    *,
+    seed: int = 0,
+    sizes: Sequence[Mapping[str, int]] = SAMPLE_SIZES,
+) -> None:
+    """As `record_samples`, of whatever answers: a file in another precision vouches for its own answers."""
     from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for i, size in enumerate(sizes):
+        made_up = signature.random_inputs(size, seed=seed + i, padding=True)
+        inputs = {name: value.numpy() for name, value in made_up.items()}
+        tensors |= {f"{i}/input/{name}": value for name, value in inputs.items()}
+        tensors[f"{i}/output"] = answer(inputs)
 
     with atomic_file(path) as temporary:
         save_file(tensors, temporary)

@@ -183,3 +183,14 @@ def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterat
     if member.checkpoint is not None and f"{member.checkpoint}/model.safetensors" not in manifest.files:
         yield f"{member.checkpoint} holds no model.safetensors"
     yield from graph_problems(bundle, manifest, member, manifest.inputs, [manifest.output])
+    yield from _twin_problems(bundle, manifest, member)
+
+
+def _twin_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
+    """Weights of a member in another precision that are not its fp32 twin's, rounded."""
+    from converters.precision.stored import stored_faults
+
+    twin = next((m for m in manifest.members if m.name == member.twin), None)
+    if twin is not None and twin.external is None and member.external is None:
+        for fault in stored_faults(bundle / twin.file, bundle / member.file, member.precision):
+            yield f"{member.file}: {fault}"

@@ -132,6 +132,10 @@ class Task(ABC):
     def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
         """What agreement compares, one row per row of the batch: the chosen class, tokens, or the embedding."""
 
+    def agreement(self, output: Tensor, reference: Tensor, batch: Batch) -> np.ndarray:
+        """How far two outputs for a batch say the same: per row 1 or 0, a cosine, or (agreeing tokens, all tokens)."""
+        return self._agree(self.answers(output.float(), batch), self.answers(reference.float(), batch), batch)
+
     @abstractmethod
     def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
         """What the metric is made of, for the judged things of this batch."""

@@ -1,0 +1,193 @@
+"""From a proved fp32 file to one in another precision, proved against it; nothing is written when the proof fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converters.precision.formats import HALF, Limit, Precision, check_precision_name
+from converters.precision.int8 import Calibrate
+from converters.precision.proof import PrecisionParity, prove
+from deploy_prune.errors import UnsupportedModelError, UsageError
+from deploy_prune.files import atomic_file, existing, sha256_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+    from converters.precision.half import Lowered
+    from converters.precision.proof import Agree
+
+Overflow = Literal["refuse", "keep"]
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What was written. `kept`: node -> why it stayed in fp32. `largest`: of the values that a half precision rounds,
+    the name and magnitude of the largest on the calibration data. `fills`: stored mask fills moved into the range."""
+
+    precision: str
+    sha256: str
+    bytes: int
+    nodes: int
+    parity: PrecisionParity
+    kept: dict[str, str] = field(default_factory=dict)
+    quantized: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    fills: tuple[str, ...] = ()
+    largest: tuple[str, float] | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "parity": self.parity.to_json()}
+
+
+def convert_precision(
+    source: Path | str,
+    target: Path | str,
+    precision: Precision,
+    calibration: Iterable[Mapping[str, np.ndarray]],
+    *,
+    made_up: Iterable[Mapping[str, np.ndarray]] = (),
+    keep: Sequence[str] = (),
+    overflow: Overflow = "refuse",
+    calibrate: Calibrate = "minmax",
+    percentile: float = 99.999,
+    reduce_range: bool = False,
+    agree: Agree | None = None,
+    mask: str | None = None,
+    limit: Limit | None = None,
+) -> PrecisionReport:
+    """Write the fp32 ONNX file `source` in another precision to `target`, and prove the two equal (see `prove`).
+
+    `calibration` are batches of real inputs: int8-static takes its ranges from them, the half precisions are checked
+    for overflow on them, and predictions are compared on them. `keep` are names or patterns of nodes that stay in fp32;
+    with `overflow="keep"` so do those around values too large for the format, which are refused otherwise.
+    Raises UnsupportedModelError (overflow, nothing to quantise), ParityError when the file is not its twin, UsageError.
+    """
+    start = time.perf_counter()
+    check_precision_name(precision)
+    source, target = existing(source, "ONNX file"), Path(target)
+    batches = list(calibration)
+    if not batches:
+        raise UsageError("no calibration data", remedy="Give at least one batch of inputs.")
+    with atomic_file(target) as temporary:
+        if precision in HALF:
+            facts = _lowered(source, temporary, precision, batches, keep, overflow)
+        else:
+            from converters.precision.int8 import quantize
+
+            made = quantize(
+                source,
+                temporary,
+                batches=batches if precision == "int8-static" else None,
+                calibrate=calibrate,
+                percentile=percentile,
+                keep=keep,
+                reduce_range=reduce_range,
+            )
+            kept = dict.fromkeys(made.kept, "asked for")
+            facts = {"quantized": made.nodes, "tables": made.tables, "kept": kept}
+        nodes = _sign(temporary, precision)
+        parity = prove(
+            source,
+            temporary,
+            precision,
+            batches,
+            made_up=made_up,
+            agree=agree,
+            mask=mask,
+            limit=limit,
+            where=target.name,
+        )
+    return PrecisionReport(
+        precision,
+        sha256_file(target),
+        target.stat().st_size,
+        nodes,
+        parity,
+        seconds=time.perf_counter() - start,
+        **facts,
+    )
+
+
+def _lowered(
+    source: Path,
+    target: Path,
+    precision: str,
+    batches: Sequence[Mapping[str, np.ndarray]],
+    keep: Sequence[str],
+    overflow: Overflow,
+) -> dict[str, Any]:
+    """Write a half-precision file whose values all fit; returns the report's facts of it."""
+    import onnx
+    import onnx_ir as ir
+
+    from converters.precision.half import LARGEST, filled, lower
+    from converters.precision.ranges import around, magnitudes, overflowing, refuse_overflow
+
+    fp32 = onnx.load(source)
+    _refuse_external(fp32, source)
+
+    def attempt(names: Sequence[str]) -> tuple[ir.Model, Lowered]:
+        model = ir.load(source)  # anew: a graph shares its tensors with what it was read from
+        return model, lower(model, precision, names)
+
+    model, found = attempt(keep)
+    for stored in fp32.graph.initializer:
+        if stored.name in found.fills:  # what is asked is how large all else becomes
+            values = filled(onnx.numpy_helper.to_array(stored), LARGEST[precision], 0.0)
+            stored.CopyFrom(onnx.numpy_helper.from_array(values, stored.name))
+    largest = magnitudes(fp32, source, found.rounded, batches)
+    reasons: dict[str, str] = {}
+    if beyond := overflowing(largest, LARGEST[precision]):
+        if overflow == "refuse":
+            refuse_overflow(fp32, source, beyond, precision, LARGEST[precision])
+        for value, names in around(fp32, beyond).items():
+            reasons |= dict.fromkeys(names, f"{value} reaches {beyond[value]:.4g}")
+        model, found = attempt([*keep, *(_literal(name) for name in reasons)])
+        rest = {value: beyond[value] for value in beyond if value in found.rounded}
+        refuse_overflow(fp32, source, rest, precision, LARGEST[precision])  # an input or output of the graph
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    target.write_bytes(proto.SerializeToString(deterministic=True))
+    fitting = {name: largest[name] for name in found.rounded}
+    top = max(fitting, key=lambda name: fitting[name], default=None)
+    return {
+        "kept": {name: reasons.get(name, why) for name, why in found.kept.items()},
+        "fills": tuple(found.fills),
+        "largest": (top, fitting[top]) if top is not None else None,
+    }
+
+
+def _literal(name: str) -> str:
+    """A node's name as a pattern that matches it alone."""
+    import glob
+
+    return glob.escape(name)
+
+
+def _refuse_external(model: onnx.ModelProto, source: Path) -> None:
+    if any(i.data_location == i.EXTERNAL for i in model.graph.initializer):
+        raise UnsupportedModelError(
+            "a model with external data cannot be converted",
+            where=str(source),
+            expected="a file below 2 GB that holds its weights",
+            remedy="Cut a smaller member, or convert with the runtime's own tools.",
+        )
+
+
+def _sign(path: Path, precision: str) -> int:
+    """Note the precision in the file's metadata; returns how many nodes the graph has."""
+    import onnx
+
+    model = onnx.load(path)
+    properties = {p.key: p.value for p in model.metadata_props} | {"deploy_prune.precision": precision}
+    del model.metadata_props[:]
+    for key in sorted(properties):
+        model.metadata_props.add(key=key, value=properties[key])
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return len(model.graph.node)

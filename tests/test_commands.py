@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from clockwork import bytes_of, time_of
@@ -49,6 +50,8 @@ ELSEWHERE = {
     "deploy-prune export path.safetensors --speedup": "tests/end_to_end/test_run.py",
     "deploy-prune export path.safetensors --latency-ms": "tests/end_to_end/test_run.py",
     "deploy-prune export path.safetensors --sparsity .5 --variant": "tests/test_variant_choice.py",
+    "deploy-prune export path.safetensors --sparsity .3 --precision": "tests/end_to_end/test_precision_run.py",
+    "deploy-prune gate runs/small": "tests/end_to_end/test_precision_run.py",
     "deploy-prune reproduce": "tests/test_serving.py",
     "deploy-prune export clip": "tests/test_families_ship.py",
     "deploy-prune export deit": "tests/test_families_ship.py",
@@ -265,7 +268,7 @@ def test_python_of_the_readme_and_the_docs_runs_in_one_session(tmp_path: Path, m
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"images": np.zeros((8, 1, 8, 8), np.float32)}  # the reader's own
     done: set[str] = set()
     for page in (README, *DOCS):
         for code in blocks(page, "python"):

@@ -153,6 +153,10 @@ def _timm_reason(model: Any) -> str | None:
     """Why timm's constructor cannot give a VisionTransformer other neurons in its blocks."""
     from timm.layers import Mlp
 
+    from deploy_prune.architecture import Architecture
+
+    if (own := Architecture.of(model)).library != "timm":
+        return f"{own.name} builds this one, whose arguments are not timm's"
     if getattr(model, "attn_pool", None) is not None:
         return "the pooling attention has as many neurons as every block"
     if any(type(block.mlp) is not Mlp for block in model.blocks):

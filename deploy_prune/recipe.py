@@ -264,11 +264,13 @@ class Recipe(Part):
     _portable: dict[str, Any] | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _one_training(self) -> Recipe:
+    def _parts_go_together(self) -> Recipe:
         if self.dynamic.enabled and self.family.layout == "uniform":
             raise ValueError("expected `family.layout: free` with `dynamic.enabled`, which changes layers one by one")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
+        if self.precision.also and self.export.cache:
+            raise ValueError("expected `export.cache: false` with `precision.also`: decoders with a cache stay fp32")
         return self
 
     def portable(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
 from converters.precision.proof import prove
 from converters.surgery import compact
-from deploy_prune.errors import ParityError, UnsupportedModelError, UsageError
+from deploy_prune.errors import ArtifactError, ParityError, UnsupportedModelError, UsageError
 
 LAYERS = {"tiny_vit": 13, "tiny_distilbert": 14, "tiny_bert": 12}
 
@@ -134,6 +134,22 @@ def test_swapped_heads_in_a_converted_file_are_caught(precision, vit, tmp_path):
         prove(vit, target, precision, data)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8-dynamic"])
+def test_a_right_copy_beside_a_wrong_weight_hides_nothing(precision, vit, tmp_path):
+    from converters.precision.stored import stored_faults
+
+    target, name = tmp_path / "low.onnx", "blocks.1.mlp.fc2.weight.T"
+    convert_precision(vit, target, precision, given(SIGNATURES["tiny_vit"]))
+    held = f"{name}.fp16" if precision == "fp16" else f"{name}_quantized"
+    proto, right = onnx.load(target), {i.name: i for i in onnx.load(vit).graph.initializer}[name]
+    for stored in proto.graph.initializer:
+        if stored.name in (name, held):
+            stored.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(stored), 1, 0), held))
+    proto.graph.initializer.append(right)
+    onnx.save(proto, target)
+    assert any(fault.startswith(f"{name} is off") for fault in stored_faults(vit, target, precision))
+
+
 @pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
 def test_a_wrong_scale_of_a_weight_is_caught(precision, vit, tmp_path):
     data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
@@ -226,3 +242,43 @@ def test_static_ranges_may_leave_outliers_out(calibrate, vit, tmp_path, capsys):
     options = {"calibrate": calibrate, "percentile": 99.0}
     assert convert_precision(vit, target, "int8-static", data, limit=Limit(1, 0.5, 1), **options).sha256 != first
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_conversion_cannot_take_is_refused_in_our_words(vit, tmp_path):
+    data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    ((name, images),) = data[0].items()
+    nan = np.full_like(images, np.nan)
+    for words, batches, options in (
+        ("not the inputs of the graph", [{"other": images}], {}),
+        ("is no numpy array", [{name: torch.from_numpy(images)}], {}),
+        (r"float32 array of shape \(any, 3, 32, 32\)", [{name: images.astype(np.float64)}], {}),
+        ("not as the graph wants it", [{name: images[..., :9]}], {}),
+        ("holds NaN", [data[0], {name: nan}], {}),
+        ("no calibration data", [], {}),
+        ("no overflow 'ignore'", data, {"overflow": "ignore"}),
+        ("no calibrate 'max'", data, {"calibrate": "max"}),
+        ("no such percentile", data, {"percentile": 300}),
+        ("keep is one text", data, {"keep": "node"}),
+        ("no input is called 'other'", data, {"mask": "other"}),
+    ):
+        with pytest.raises(UsageError, match=words):
+            convert_precision(vit, target, "fp16", batches, **options)
+    with pytest.raises(UnsupportedModelError, match="no node is left"):
+        convert_precision(vit, target, "fp16", data, keep=["*"])
+    assert not target.exists()
+
+
+def test_only_a_whole_fp32_file_that_holds_its_weights_is_converted(vit, tmp_path):
+    data, low = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
+    convert_precision(vit, low, "fp16", data)
+    with pytest.raises(UsageError, match="only fp32 files"):
+        convert_precision(low, tmp_path / "again.onnx", "int8-dynamic", data)
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(vit.read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match="not an ONNX file"):
+        convert_precision(damaged, tmp_path / "again.onnx", "fp16", data)
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(vit), apart, save_as_external_data=True, location="apart.data")
+    for precision in ("fp16", "int8-static"):
+        with pytest.raises(UnsupportedModelError, match="external data"):
+            convert_precision(apart, tmp_path / "again.onnx", precision, data)

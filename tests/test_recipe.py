@@ -96,6 +96,12 @@ def test_a_family_that_makes_no_sense_is_refused(written: Any, family: dict[str,
     assert words in "\n".join(problems_of(written({**MINIMAL, "family": family})))
 
 
+def test_decoders_with_a_cache_are_refused_in_other_precisions() -> None:
+    settings = ["precision.also=[fp16]", "export.cache=true"]
+    with pytest.raises(RecipeError, match="decoders with a cache stay fp32"):
+        load_recipe("digits", settings)
+
+
 def test_a_seed_that_no_generator_takes_is_refused(written: Any) -> None:
     assert problems_of(written(MINIMAL), f"seed={2**64}")[0].startswith("seed: expected less than")
 

@@ -55,6 +55,14 @@ def test_a_bundle_arrives_with_its_recipe_figures_and_pages(bundle: Path, store:
     assert log_bundle(bundle, store, "ours") != run_id  # a second run beside the first
 
 
+def test_many_figures_are_logged_in_several_requests(bundle: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr("deploy_prune.release.tracking._METRICS", 3)
+    logged = MlflowClient(tracking_uri=store).get_run(log_bundle(bundle, store)).data.metrics
+    assert logged == pytest.approx(metrics(Manifest.load(bundle / "manifest.json"))) and len(logged) > 3
+
+
 def test_parameters_are_the_recipe_flat_and_short() -> None:
     recipe = {"a": {"b": [1, 2], "c": None}, "d": "x" * 900, "e": ""}
     assert parameters(recipe) == {"a.b": "[1, 2]", "d": "x" * 500}

@@ -158,6 +158,13 @@ def test_families_without_a_uniform_layout_are_refused(name, request):
         stock_kinds(request.getfixturevalue(name))
 
 
+def test_a_model_that_timm_does_not_build_has_no_uniform_layout():
+    from deploy_prune.demo import digits_vit_untrained
+
+    with pytest.raises(UnsupportedModelError, match=r"digits_vit_untrained builds this one"):
+        stock_kinds(digits_vit_untrained())
+
+
 def test_an_uneven_model_is_refused_by_layer(tiny_llama):
     small = compact(tiny_llama, random_path(tiny_llama, signature_of("tiny_llama"), seed=1).plan(0.4))
     with pytest.raises((PlanError, UnsupportedModelError), match=r"layers.0"):

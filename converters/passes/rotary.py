@@ -15,7 +15,7 @@ import onnx_ir as ir
 from converters.passes.match import Builder, constant, dims, integer, ints, made_by, replace, scalar
 from converters.variants import CONTRIB
 
-_ELEMENTWISE = ("Cos", "Sin", "Cast", "Unsqueeze")
+_ELEMENTWISE = ("Cos", "Sin", "Cast")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from converters.precision.formats import HALF, Limit, Precision, check_precision_name
+from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
 from converters.precision.proof import PrecisionParity, prove
 from deploy_prune.errors import UnsupportedModelError, UsageError
@@ -16,7 +17,6 @@ from deploy_prune.files import atomic_file, existing, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx
 
     from converters.precision.half import Lowered
     from converters.precision.proof import Agree
@@ -66,14 +66,20 @@ def convert_precision(
     `calibration` are batches of real inputs: int8-static takes its ranges from them, the half precisions are checked
     for overflow on them, and predictions are compared on them. `keep` are names or patterns of nodes that stay in fp32;
     with `overflow="keep"` so do those around values too large for the format, which are refused otherwise.
-    Raises UnsupportedModelError (overflow, nothing to quantise), ParityError when the file is not its twin, UsageError.
+    Raises UnsupportedModelError (overflow, nothing to convert), ParityError when the file is not its twin, UsageError,
+    ArtifactError for a damaged `source`.
     """
     start = time.perf_counter()
     check_precision_name(precision)
+    check_option("overflow", overflow, get_args(Overflow))
+    check_option("calibrate", calibrate, get_args(Calibrate))
+    if not 50 < percentile <= 100:
+        raise UsageError("no such percentile", expected="above 50, at most 100", got=str(percentile))
+    if isinstance(keep, str):
+        raise UsageError("keep is one text", expected="a list of names or patterns of nodes", got=repr(keep))
     source, target = existing(source, "ONNX file"), Path(target)
     batches = list(calibration)
-    if not batches:
-        raise UsageError("no calibration data", remedy="Give at least one batch of inputs.")
+    check_batches(fp32_graph(source), batches, mask)
     with atomic_file(target) as temporary:
         if precision in HALF:
             facts = _lowered(source, temporary, precision, batches, keep, overflow)
@@ -130,11 +136,15 @@ def _lowered(
     from converters.precision.ranges import around, magnitudes, overflowing, refuse_overflow
 
     fp32 = onnx.load(source)
-    _refuse_external(fp32, source)
 
     def attempt(names: Sequence[str]) -> tuple[ir.Model, Lowered]:
         model = ir.load(source)  # anew: a graph shares its tensors with what it was read from
-        return model, lower(model, precision, names)
+        lowered = lower(model, precision, names)
+        if not lowered.rounded:
+            raise UnsupportedModelError(
+                f"no node is left to compute in {precision}", where=str(source), remedy="Keep fewer nodes in fp32."
+            )
+        return model, lowered
 
     model, found = attempt(keep)
     for stored in fp32.graph.initializer:
@@ -168,16 +178,6 @@ def _literal(name: str) -> str:
     import glob
 
     return glob.escape(name)
-
-
-def _refuse_external(model: onnx.ModelProto, source: Path) -> None:
-    if any(i.data_location == i.EXTERNAL for i in model.graph.initializer):
-        raise UnsupportedModelError(
-            "a model with external data cannot be converted",
-            where=str(source),
-            expected="a file below 2 GB that holds its weights",
-            remedy="Cut a smaller member, or convert with the runtime's own tools.",
-        )
 
 
 def _sign(path: Path, precision: str) -> int:

@@ -114,6 +114,8 @@ def command(
         f"{key}={value}" for key, value in (("task.calibration", data), ("task.evaluation", evaluation)) if value
     ]
     changes += [f"export.variant={variant}"] if variant else []
+    if precision is not None and not precision.strip(" ,"):
+        raise click.UsageError("--precision names no precision.")
     changes += [f"precision.also=[{precision}]"] if precision else []
     changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench

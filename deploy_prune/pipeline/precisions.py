@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS
@@ -147,16 +146,6 @@ def limit_of(setup: Setup, precision: str) -> Limit:
     how: Any = setup.recipe.precision
     own = LIMITS[precision]
     return Limit(how.tolerance.get(precision, own.error), how.agreement.get(precision, own.agreement), own.again)
-
-
-def check_precisions(setup: Setup) -> None:
-    """Raise UsageError for a precision of graphs that are not converted, before any work."""
-    if setup.recipe.precision.also and setup.recipe.export.cache:
-        raise UsageError(
-            "decoders with a cache are exported in fp32 alone",
-            where="recipe keys precision.also and export.cache",
-            remedy="Leave export.cache out; the graph without a cache is converted.",
-        )
 
 
 def _made_up(setup: Setup) -> list[dict[str, np.ndarray]]:

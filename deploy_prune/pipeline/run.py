@@ -17,7 +17,7 @@ from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bu
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
-from deploy_prune.pipeline.precisions import check_precisions, precision_stages
+from deploy_prune.pipeline.precisions import precision_stages
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
 from deploy_prune.pipeline.setup import Setup, check_names, prepare
 from deploy_prune.pipeline.uniform import check_uniform
@@ -75,7 +75,6 @@ def run_recipe(
     setup = prepare(recipe, progress)
     _check_lengths(setup)
     check_uniform(setup)
-    check_precisions(setup)
     if path is not None:
         checked_plans(setup, path)  # a path of other weights, or a target out of reach, before anything is written
     wanted = run_fingerprint(setup, path)

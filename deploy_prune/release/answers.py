@@ -62,13 +62,14 @@ def _plain(file: Path) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
 def ask(bundle: Path, manifest: Manifest, member: Member, runtime: str, asker: Asker) -> tuple[MemberCheck, list[str]]:
     """Run the stored inputs; differences come back in words. A precision that the runtime does not compute in is asked
     of onnxruntime on the CPU, with half precisions rounded as a GPU rounds them; the figure says so."""
-    from converters.precision.formats import runs
+    from converters.precision.formats import HALF, runs
     from converters.precision.proof import asked_of
 
     if runs("ort-cpu" if runtime == PLAIN else runtime, member.precision):
         answer = asker(bundle / member.file)
     else:
-        answer, runtime = asked_of(bundle / member.file, member.precision), f"{PLAIN}, {member.precision} emulated"
+        answer = asked_of(bundle / member.file, member.precision)
+        runtime = f"{PLAIN}, {member.precision} emulated" if member.precision in HALF else PLAIN
     return compared(
         bundle, member.name, member.samples, answer, lambda inputs: _valid(manifest, inputs), runtime=runtime
     )

@@ -125,7 +125,7 @@ def _licenses(manifest: Manifest) -> Iterator[Verdict]:
     to judge."""
     for what, origin in (("weights", manifest.provenance.model), ("data", manifest.provenance.data)):
         if origin.license is None:
-            reason = f"neither the recipe (provenance) nor the {what}' own files say"
+            reason = f"neither the recipe (provenance) nor the files of the {what} say"
             yield Verdict("license", BUNDLE, "not measured", "unknown", "known", what, reason)
         else:
             yield Verdict("license", BUNDLE, "passed", origin.license, "known", what, f"by {origin.stated_by}")

@@ -14,7 +14,8 @@ from deploy_prune.release.gate import cell_name
 from deploy_prune.release.manifest import MANIFEST, Manifest, Member
 
 EXPERIMENT = "deploy-prune"
-_BATCH = 100  # parameters in one request: MLflow's limit
+_BATCH = 100  # parameters or tags in one request: MLflow's limit
+_METRICS = 1000 - _BATCH  # metrics in one request, which may hold 1,000 of everything
 _LONGEST = 500  # characters of a parameter: the limit of servers before MLflow 2
 
 
@@ -69,7 +70,9 @@ def log_bundle(bundle: Path | str, uri: str, experiment: str = EXPERIMENT) -> st
             versions = [RunTag(f"version.{name}", text) for name, text in manifest.versions.items() if text]
             for i in range(0, len(params), _BATCH):
                 client.log_batch(run_id, params=params[i : i + _BATCH])
-            client.log_batch(run_id, metrics=values[:1000], tags=versions[:_BATCH])
+            for i in range(0, len(values), _METRICS):
+                client.log_batch(run_id, metrics=values[i : i + _METRICS])
+            client.log_batch(run_id, tags=versions[:_BATCH])
             for name in (CARD, REPORT, MANIFEST):
                 client.log_artifact(run_id, str(bundle / name))
         except BaseException:

@@ -1,0 +1,84 @@
+"""What a conversion is given: an fp32 file, options that exist, and calibration data that are the graph's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_prune.errors import ArtifactError, UnsupportedModelError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import onnx
+
+_NARROW = {10: "fp16", 16: "bf16"}  # TensorProto.FLOAT16, BFLOAT16
+
+
+def check_option(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises UsageError for a value that is not `known`."""
+    if value not in known:
+        raise UsageError(f"no {name} {value!r}", remedy=did_you_mean(str(value), known))
+
+
+def fp32_graph(path: Path) -> onnx.ModelProto:
+    """The graph of an fp32 file that holds its weights.
+
+    Raises ArtifactError for no ONNX file, UsageError for one in another precision, UnsupportedModelError for weights
+    beside the file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise ArtifactError("not an ONNX file", where=str(path), got=str(error)[:200]) from error
+    noted = next((p.value for p in model.metadata_props if p.key == "deploy_prune.precision"), None)
+    found = noted or next((_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None)
+    if found:
+        raise UsageError(
+            "only fp32 files are converted",
+            where=str(path),
+            got=found,
+            remedy="Give the fp32 file that this one was made from.",
+        )
+    if any(i.data_location == i.EXTERNAL for i in model.graph.initializer):
+        raise UnsupportedModelError(
+            "a model with external data cannot be converted",
+            where=str(path),
+            expected="a file below 2 GB that holds its weights",
+            remedy="Cut a smaller member, or convert with the runtime's own tools.",
+        )
+    return model
+
+
+def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | None) -> None:
+    """Raises UsageError for batches that are not the graph's inputs, or a `mask` that is none of them."""
+    import numpy as np
+    from onnx import helper
+
+    stored = {i.name for i in model.graph.initializer}
+    wanted = {v.name: v.type.tensor_type for v in model.graph.input if v.name not in stored}
+    if mask is not None and mask not in wanted:
+        raise UsageError(f"no input is called {mask!r}", where="mask", remedy=did_you_mean(mask, tuple(wanted)))
+    if not batches:
+        raise UsageError("no calibration data", remedy="Give at least one batch of inputs.")
+    for number, batch in enumerate(batches):
+        where = f"calibration batch {number}"
+        names = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        if names != sorted(wanted):
+            raise UsageError(
+                "not the inputs of the graph", where=where, expected=f"a mapping of {sorted(wanted)}", got=str(names)
+            )
+        for name, kind in wanted.items():
+            dtype, value = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), batch[name]
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+            shape = f"{dtype} array of shape ({', '.join('any' if s is None else str(s) for s in sizes)})"
+            if not isinstance(value, np.ndarray):
+                raise UsageError(f"{name} is no numpy array", where=where, expected=shape, got=type(value).__name__)
+            fits = len(sizes) == value.ndim and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
+            if value.dtype != dtype or not fits or not value.size:
+                got = f"{value.dtype} array of shape {value.shape}"
+                raise UsageError(f"{name} is not as the graph wants it", where=where, expected=shape, got=got)
+            if value.dtype.kind == "f" and np.isnan(value).any():
+                raise UsageError(f"{name} holds NaN", where=where, remedy="Calibrate on inputs that are numbers.")

@@ -10,9 +10,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.architecture import Architecture
+from deploy_prune.architecture import Architecture, weights_sha256
 from deploy_prune.cache import cache_root
-from deploy_prune.errors import UnavailableError
+from deploy_prune.errors import ArtifactError, UnavailableError
 from deploy_prune.files import atomic_file
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _key(seed: int, epochs: int) -> str:
 def _kept(file: Path) -> nn.Module | None:
     """The model whose weights the cache has, None if it has none that can be read."""
     import torch
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not file.is_file():
@@ -110,7 +110,10 @@ def _kept(file: Path) -> nn.Module | None:
         model = digits_vit_untrained()
     try:
         model.load_state_dict(load_file(file))
-    except (SafetensorError, OSError, RuntimeError) as error:
+        with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get("sha256") != weights_sha256(model):
+                raise ArtifactError("its weights are not those that were kept")
+    except (SafetensorError, OSError, RuntimeError, ArtifactError) as error:
         log.warning("Training the demo's model again: what the cache has is damaged (%s): %s", file, error)
         return None
     return model
@@ -121,7 +124,7 @@ def _keep(model: nn.Module, file: Path) -> None:
 
     try:
         with atomic_file(file) as temporary:
-            save_file(model.state_dict(), temporary)
+            save_file(model.state_dict(), temporary, metadata={"sha256": weights_sha256(model)})
     except UnavailableError as error:
         log.warning("The demo's model cannot be kept, and will be trained again next time: %s", error)
 

@@ -154,6 +154,12 @@ def test_progress_lines_carry_share_and_time_left(
     listener.advance(1, note="loss 0.7")
     listener.finish()
     assert re.search(r"^search: 1/4 \(25 %\), \S+ left, loss 0\.7$", capsys.readouterr().err, re.M)
+    for steps, said in ((1, "ended at 1/4 after"), (4, "done in")):
+        listener.start(4, "search")
+        listener.advance(steps)
+        monkeypatch.setattr(listener, "_started", listener._started - 9)
+        listener.finish()
+        assert f"search: {said} 9" in capsys.readouterr().err
 
 
 def test_quiet_silences_progress_and_notes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,9 @@ class LineProgress:
     def finish(self) -> None:
         took = time.monotonic() - self._started
         if took >= 1:
-            print(f"{self._label}: done in {duration(took)}", file=sys.stderr, flush=True)
+            part = self._total is not None and self._done < self._total  # stopped, or enough was found
+            how = f"ended at {self._done}/{self._total} after" if part else "done in"
+            print(f"{self._label}: {how} {duration(took)}", file=sys.stderr, flush=True)
 
 
 class BarProgress:

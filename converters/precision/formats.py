@@ -23,8 +23,9 @@ class Limit:
     again: float
 
 
-# Several times the largest error seen on ViT-Tiny and DistilBERT, dense and cut (bench/notes.md, "Precision"). What
-# limits so wide let pass, a weight stored wrong, is found value by value (stored.py).
+# Errors: several times the largest seen on ViT-Tiny and DistilBERT, dense and cut (bench/notes.md, "Precision").
+# Agreement: a judgement, not a measurement; ViT-Tiny in int8-static has about 0.90 and may pass, in int8-dynamic 0.875
+# and may not. What limits so wide let pass, a weight stored wrong, is found value by value (stored.py).
 LIMITS: dict[str, Limit] = {
     "fp16": Limit(0.02, 0.98, 0.01),
     "bf16": Limit(0.15, 0.95, 0.08),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from bench.runtimes.base import Bound, Runtime, Session
 from bench.runtimes.openvino import OpenVino
 from bench.runtimes.ort_cpu import OrtCpu
-from bench.runtimes.ort_cuda import OrtCuda
+from bench.runtimes.ort_cuda import OrtCuda, OrtCudaGraph
 from bench.runtimes.ort_tensorrt import OrtTensorrt
 from bench.runtimes.torch_runtime import TorchCompile, TorchCpu, TorchCuda, TorchRuntime
 from deploy_prune.errors import UnavailableError, UsageError, did_you_mean
@@ -16,7 +16,16 @@ __all__ = ["RUNTIMES", "Bound", "Runtime", "Session", "find_runtime", "get_runti
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
-    for runtime in (OrtCpu(), OrtCuda(), OrtTensorrt(), OpenVino(), TorchCpu(), TorchCuda(), TorchCompile())
+    for runtime in (
+        OrtCpu(),
+        OrtCuda(),
+        OrtCudaGraph(),
+        OrtTensorrt(),
+        OpenVino(),
+        TorchCpu(),
+        TorchCuda(),
+        TorchCompile(),
+    )
 }
 
 

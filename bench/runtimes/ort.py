@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SILENT = 4  # ORT's severity "fatal": for attempts whose failure is expected and reported by us
 Check = Callable[[Placement], None]
+_placements: dict[tuple[Any, ...], Placement] = {}
 
 
 def absent() -> str | None:
@@ -65,7 +67,7 @@ class OrtSession(Session):
         profiled: Callable[[str], onnxruntime.InferenceSession] | None = None,
         check: Check | None = None,
     ) -> None:
-        self.name = path.stem
+        self.name, self._path = path.stem, path
         self._session, self._device, self._facts = session, device, dict(facts)
         self._profiled, self._check = profiled, check
 
@@ -104,10 +106,19 @@ class OrtSession(Session):
         self.check_names(inputs)
         if self._profiled is not None and self._check is not None:
             with self._refusals(inputs):
-                placement = read_placement(self._profiled, inputs)
+                placement = self._placed(inputs)
             self._check(placement)
             self._facts["placement"] = placement.to_json()
             self._profiled = None
+
+    def _placed(self, inputs: Mapping[str, np.ndarray]) -> Placement:
+        """Found out once per process for a file and its provider: it takes loading the model again."""
+        assert self._profiled is not None
+        state = self._path.stat()
+        key = (str(self._path.resolve()), state.st_mtime_ns, state.st_size, json.dumps(self._facts["provider_options"]))
+        if key not in _placements:
+            _placements[key] = read_placement(self._profiled, inputs)
+        return _placements[key]
 
     @contextmanager
     def _refusals(self, inputs: Mapping[str, np.ndarray]) -> Iterator[None]:

@@ -10,11 +10,12 @@ import contextlib
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.environment import gpu_name
 from bench.runtimes.base import Runtime, Session
 from bench.runtimes.cost import building
+from bench.runtimes.cuda_graph import GraphSession
 from bench.runtimes.ort import SILENT, OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.placement import Placement
@@ -32,6 +33,7 @@ class OrtCuda(Runtime):
     """ONNX Runtime, CUDAExecutionProvider: inputs and outputs stay on the device, every call is synchronised."""
 
     name = "ort-cuda"
+    graphs: ClassVar[bool] = False
     remedy = (
         "On a machine with an NVIDIA driver: pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]' "
         "(both packages fill the same folder, so only one may be installed)."
@@ -45,6 +47,7 @@ class OrtCuda(Runtime):
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
         preload()
         path, count = Path(onnx_path), thread_count(threads)
+        provider = {**PROVIDER_OPTIONS, **({"enable_cuda_graph": "1"} if self.graphs else {})}
 
         def session(*, strict: bool = False, profile: str | None = None) -> onnxruntime.InferenceSession:
             options = session_options(count)
@@ -53,27 +56,28 @@ class OrtCuda(Runtime):
                 options.log_severity_level = SILENT
             if profile:
                 options.enable_profiling, options.profile_file_prefix = True, profile
-            return create(path, [(PROVIDER, PROVIDER_OPTIONS)], options)
+            return create(path, [(PROVIDER, PROVIDER_OPTIONS if profile else provider)], options)
 
         facts: dict[str, Any] = {
             "runtime": self.name,
             "device": gpu_name() or "unknown GPU",
             "options": describe_options(count),
-            "provider_options": PROVIDER_OPTIONS,
+            "provider_options": provider,
             "io_binding": "inputs and outputs on the device",
         }
+        kind = GraphSession if self.graphs else OrtSession
         try:
             with building(facts):
                 loaded = session(strict=True)
             refuse_other_provider(path, loaded)
-            return OrtSession(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
+            return kind(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
         except ArtifactError:
             # Something would run on the host. ORT works out shapes there by design; whether it is only that is
             # decided by the placement of every node, at the first inputs.
             with building(facts):
                 loaded = session()
         refuse_other_provider(path, loaded)
-        return OrtSession(
+        return kind(
             path,
             loaded,
             device="cuda",
@@ -81,6 +85,14 @@ class OrtCuda(Runtime):
             profiled=lambda prefix: session(profile=prefix),
             check=lambda placement: refuse_host_nodes(path, placement),
         )
+
+
+class OrtCudaGraph(OrtCuda):
+    """The same, with all its kernels recorded once as a CUDA graph and replayed by every call: one launch instead of
+    one per node. Sizes are fixed when inputs are bound."""
+
+    name = "ort-cuda-graph"
+    graphs = True
 
 
 def refuse_other_provider(path: Path, session: onnxruntime.InferenceSession) -> None:

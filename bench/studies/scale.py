@@ -1,4 +1,5 @@
-"""What a search of a 7B model costs in time and memory: computed from steps measured on small models, never run.
+"""What a search of a 7B model costs in time and memory: computed from steps measured on small models; and, on a GPU
+that holds it, run (`search_7b`, a check of the GPU suite).
 
     python -m bench.studies.scale --out bench/results/scale.json
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 GPU_PEAK = 989e12  # dense bf16 FLOP/s of an H100 SXM by its data sheet
 GPU_SHARE = 0.4  # of the peak, assumed
 STEPS, BATCH, LENGTH, CURVATURE = 60, 16, 512, 256  # the search's defaults, on windows of 512 tokens
+LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32}  # fmt: skip
 MEASURED = {"vit-tiny": 197, "smollm2": 256}  # tokens per row in the step cost study
 
 
@@ -73,10 +76,8 @@ def costs_of_7b() -> dict[str, float]:
     from deploy_prune.layers import layer_at, width
     from deploy_prune.moment_groups import groups_within, moment_bytes
 
-    shape = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                        num_attention_heads=32, attn_implementation="sdpa")  # fmt: skip
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape).eval().requires_grad_(False)
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, attn_implementation="sdpa")).eval().requires_grad_(False)
     sites = find_sites(model)
     weights = sum(p.numel() for p in model.parameters())
     units = sum(site.units(kind) for site in sites for kind in site.counts)
@@ -96,6 +97,70 @@ def costs_of_7b() -> dict[str, float]:
         "GB moments of all sites on disk": sum(8 * d * d for d in features) / 1e9,
         "GB moments of one site in memory": max(moment_bytes(model, site, weighted=True) for site in sites) / 1e9,
         "passes for moments within 8 GiB": len(groups_within(model, sites, 8 * 2**30, weighted=True)),
+    }
+
+
+def search_7b(device: str, *, small: bool = False) -> dict[str, Any]:
+    """Run the default search on a model of Llama-2-7B's shape (`small`: a tiny one) with random weights on one device.
+
+    Weights do not matter to time or memory. Returns seconds of the setting up and of every step, the work per second,
+    and the peak of the device's memory.
+    """
+    import time
+
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from bench.studies.step_cost import RandomTask, text_signature
+    from deploy_prune.adapters import find_sites
+    from deploy_prune.budget import CostModel
+    from deploy_prune.methods.base import Context
+    from deploy_prune.methods.compute import Compute
+    from deploy_prune.methods.spp import SppOptions, SppSearch
+
+    tiny = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape = tiny | {"num_attention_heads": 4} if small else LLAMA_7B
+    length, rows, steps = (16, 16, 10) if small else (LENGTH, CURVATURE, STEPS)
+    began = time.perf_counter()
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa", use_cache=False))
+    model.eval().requires_grad_(False)
+    signature = text_signature(("batch", "sequence", shape["vocab_size"]), high=shape["vocab_size"])
+    task = RandomTask("causal-lm", signature, BATCH, length, shape["vocab_size"])
+    task.calibration_size = rows
+    sites = find_sites(model)
+    example = {k: t.to(device) for k, t in signature.random_inputs({"batch": 1, "sequence": 16}, seed=0).items()}
+    costs = CostModel.measure(model, sites, signature, example)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    built = time.perf_counter()
+    compute = Compute(micro_batch=4)
+    context = Context(model, sites, costs, task, rows, BATCH, "bf16", 0, compute=compute)  # type: ignore[arg-type]
+    search = SppSearch(context, SppOptions(objective="task", steps=steps))
+    synchronize()
+    ready, taken = time.perf_counter(), []
+    for number in range(steps):
+        start = time.perf_counter()
+        search.step(search.batches[number % len(search.batches)])
+        synchronize()
+        taken.append(time.perf_counter() - start)
+    work = 4 * multiplied(model) * BATCH * length
+    step = float(np.median(taken))
+    return {
+        "weights": sum(p.numel() for p in model.parameters()),
+        "units": sum(site.units(kind) for site in sites for kind in site.counts),
+        "rows": rows,
+        "tokens per row": length,
+        "rows per step": BATCH,
+        "micro batch": compute.micro_batch,
+        "seconds building": built - began,
+        "seconds setting up": ready - built,
+        "seconds of all steps": sum(taken),
+        "seconds per step": step,
+        "steps": steps,
+        "FLOP per second": work / step,
+        "peak bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
 
 

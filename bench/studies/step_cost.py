@@ -151,16 +151,19 @@ class RandomTask:
         return kl_div(log_softmax(output, -1), log_softmax(reference, -1), log_target=True, reduction="none").sum(-1)
 
 
-def _build(name: str) -> tuple[nn.Module, RandomTask]:
+def text_signature(output: tuple[str | int, ...], *, high: int = 30000) -> Signature:
+    """Token ids below `high` and a mask, to logits."""
     from deploy_prune.signature import Signature, TensorSpec
 
     ids, mask = (
-        TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=30000),
+        TensorSpec("input_ids", "int64", ("batch", "sequence"), "ids", high=high),
         TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"),
     )
+    return Signature((ids, mask), TensorSpec("logits", "float32", output), lambda model, x: model(**x).logits)
 
-    def text(output: tuple[str | int, ...]) -> Signature:
-        return Signature((ids, mask), TensorSpec("logits", "float32", output), lambda model, x: model(**x).logits)
+
+def _build(name: str) -> tuple[nn.Module, RandomTask]:
+    from deploy_prune.signature import Signature, TensorSpec
 
     if name == "vit-tiny":
         import timm
@@ -177,7 +180,7 @@ def _build(name: str) -> tuple[nn.Module, RandomTask]:
     if name == "distilbert":
         small = transformers.DistilBertConfig(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, num_labels=2)
         model = transformers.DistilBertForSequenceClassification(small).eval()
-        return model, RandomTask("text-classification", text(("batch", 2)), 32, 64, 2)
+        return model, RandomTask("text-classification", text_signature(("batch", 2)), 32, 64, 2)
     config = transformers.LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -189,7 +192,7 @@ def _build(name: str) -> tuple[nn.Module, RandomTask]:
         use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    return model, RandomTask("causal-lm", text(("batch", "sequence", 49152)), 4, 256, 49152)
+    return model, RandomTask("causal-lm", text_signature(("batch", "sequence", 49152)), 4, 256, 49152)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.suite.files import FORMS, OPSET, Files
 from bench.suite.models import Member, Subject, half_of, subjects
 from deploy_prune.errors import ParityError
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-ERROR = {"fp32": 2e-4, "tf32": 5e-3, "fp16": 2e-2}  # of the largest output
+SESSIONS = 1  # loading takes longer than timing; where weights lie matters less than in a CPU's caches
+ERROR = {"fp32": 2e-4, "tf32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}  # of the largest output
 
 
 @dataclass
@@ -27,7 +30,6 @@ class Bench:
     directory: Path
     seconds: float
     members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
-    files: dict[str, dict[str, Path]] = field(default_factory=dict)
 
     @property
     def align(self) -> int:
@@ -41,21 +43,19 @@ class Bench:
             self.members[name] = (subject, dense, half_of(dense, subject.signature, self.align))
         return self.members[name]
 
-    def exported(self, name: str) -> dict[str, Path]:
-        """ONNX files of both, and a checkpoint of the half for the torch runtimes, laid out as in a bundle."""
-        if name not in self.files:
-            from converters.checkpoint import save_pruned
-            from converters.onnx_export import export_onnx
+    @property
+    def graphs(self) -> str:
+        """The runtime that replays CUDA graphs; without a GPU the plain one again."""
+        return self.runtime if self.small else f"{self.runtime}-graph"
 
-            subject, dense, half = self.subject(name)
-            folder = self.directory / name
-            (folder / "models").mkdir(parents=True)
-            files = {"dense": folder / "models" / "dense.onnx", "half": folder / "models" / "half.onnx"}
-            for file, model in ((files["dense"], dense), (files["half"], half.model)):
-                export_onnx(model, file, subject.signature)
-            save_pruned(half.model, half.plan, folder / "checkpoints" / "half")
-            self.files[name] = files
-        return self.files[name]
+    @cached_property
+    def files(self) -> Files:
+        """Being made from the first time they are asked for."""
+        return Files(self.small, self.align, self.directory)
+
+    def close(self) -> None:
+        if "files" in self.__dict__:
+            self.files.close()
 
 
 def search_and_refit(bench: Bench) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def search_and_refit(bench: Bench) -> dict[str, Any]:
     from deploy_prune.refitting import collect_moments, refit
     from deploy_prune.tasks import load_task
 
+    _ = bench.files  # made meanwhile
     reference = "python:deploy_prune.demo:digits_vit"
     found: dict[str, Any] = {}
     for device in dict.fromkeys(("cpu", bench.device)):
@@ -96,6 +97,35 @@ def search_and_refit(bench: Bench) -> dict[str, Any]:
     return result
 
 
+def recovery(bench: Bench) -> dict[str, Any]:
+    """Training a cut model on the device, all weights, by adapters and by a sparse delta, makes it better."""
+    from converters.surgery import compact
+    from deploy_prune.demo import digits_vit
+    from deploy_prune.methods import search
+    from deploy_prune.recovery import recover
+    from deploy_prune.tasks import load_task
+
+    reference = "python:deploy_prune.demo:digits_vit"
+    dense = digits_vit(epochs=2 if bench.small else 6).to(bench.device)
+    task = load_task(
+        "image-classification", model=dense, model_ref=reference, calibration="digits:train", evaluation=None
+    )
+    path = search(dense, task, "magnitude", examples=64, batch_size=64, precision="fp32")
+    cut = compact(dense, path.plan(0.6), check_weights=False)
+    result: dict[str, Any] = {}
+    for method in ("full", "lora", "diff"):
+        found = recover(cut, task, teacher=dense, method=method, steps=20 if bench.small else 200)
+        result[method] = {key: value for key, value in found.to_json().items() if key != "marks"}
+        if not found.after > found.before:
+            raise ParityError(
+                "recovery does not improve the model",
+                where=method,
+                expected=f"above {found.before:.3f}",
+                got=f"{found.after:.3f}",
+            )
+    return result
+
+
 def parity(bench: Bench) -> dict[str, Any]:
     """Compact torch on the device, and the ONNX file on the runtime, answer as compact torch on the CPU does."""
     import torch
@@ -112,37 +142,57 @@ def parity(bench: Bench) -> dict[str, Any]:
             own = subject.signature.call(there, {n: t.to(bench.device) for n, t in inputs.items()}).cpu().numpy()
             half.model.cpu()
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        session = get_runtime(bench.runtime).load(bench.exported(subject.name)["half"])
-        result[subject.name] = {
-            f"torch on {bench.device}": _close(own, expected, "fp32", subject.name),
-            bench.runtime: _close(session.run(arrays)[0], expected, "tf32", subject.name),
-            "placement": session.describe().get("placement"),
-        }
+        result[subject.name] = {f"torch on {bench.device}": _close(own, expected, "fp32", subject.name)}
+        for runtime in dict.fromkeys((bench.runtime, bench.graphs)):
+            session = get_runtime(runtime).load(bench.files[subject.name, "half", "fp32"])
+            result[subject.name] |= {
+                runtime: _close(session.run(arrays)[0], expected, "tf32", subject.name),
+                f"{runtime} again": _close(session.bind(arrays).outputs()[0], expected, "tf32", subject.name),
+                f"{runtime} placement": session.describe().get("placement"),
+            }
     return result
 
 
 def half_precision(bench: Bench) -> dict[str, Any]:
-    """The ONNX file in fp16 answers as in fp32, and how fast it is beside it."""
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
+    """The ONNX files in fp16 and bf16 answer as in fp32 on the device, and how fast they are beside it."""
     from bench.inputs import graph_inputs, make_inputs
     from bench.runtimes import get_runtime
     from bench.timing import measure
 
+    runtime = get_runtime(bench.runtime)
     result: dict[str, Any] = {}
-    for name in ("vit-b", "bert-base"):
-        subject, _, _ = bench.subject(name)
-        file = bench.exported(name)["half"]
-        other = file.with_name("half-fp16.onnx")
-        onnx.save(convert_float_to_float16(onnx.load(str(file)), keep_io_types=True), str(other))
+    for subject in subjects(bench.small):
+        file = bench.files[subject.name, "half", "fp32"]
         batch, sequence = subject.cells[1]
         inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
-        runtime = get_runtime(bench.runtime)
-        error = _close(runtime.load(other).run(inputs)[0], runtime.load(file).run(inputs)[0], "fp16", name)
-        report = measure({"fp32": file, "fp16": other}, inputs, runtime=runtime, seconds=bench.seconds)
-        result[name] = {"error": error, "cell": report.to_json()}
+        expected = runtime.load(file).run(inputs)[0]
+        files, errors = {"fp32": file}, {}
+        for precision in ("fp16",) if bench.small else ("fp16", "bf16"):
+            files[precision] = bench.files[subject.name, "half", precision]
+            answer = runtime.load(files[precision]).run(inputs)[0]
+            errors[precision] = _close(answer, expected, precision, subject.name)
+        report = measure(files, inputs, runtime=runtime, seconds=bench.seconds, sessions=SESSIONS)
+        result[subject.name] = {"errors": errors, "cell": report.to_json()}
     return result
+
+
+def variants(bench: Bench) -> dict[str, Any]:
+    """The forms of one dense graph against each other, in fp32 and fp16: which is the fastest on this device."""
+    from bench.inputs import graph_inputs, make_inputs
+    from bench.timing import measure
+
+    cells = []
+    for subject in subjects(bench.small):
+        for precision in ("fp32", "fp16"):
+            files = {form: bench.files[subject.name, form, precision] for form in FORMS}
+            for batch, sequence in subject.cells[:2]:
+                inputs = make_inputs(graph_inputs(files["plain"]), batch=batch, sequence=sequence)
+                sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
+                report = measure(
+                    files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds / 2, sessions=SESSIONS
+                )
+                cells.append({"model": subject.name, "precision": precision, **report.to_json()})
+    return {"cells": cells}
 
 
 def runtimes(bench: Bench) -> dict[str, Any]:
@@ -152,7 +202,7 @@ def runtimes(bench: Bench) -> dict[str, Any]:
 
     name = "vit-b"
     subject, _, _ = bench.subject(name)
-    file = bench.exported(name)["half"]
+    file = bench.files[name, "half", "fp32"]
     batch, sequence = subject.cells[1]
     inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
     expected = RUNTIMES["ort-cpu"].load(file).run(inputs)[0]
@@ -189,14 +239,14 @@ def table(bench: Bench) -> dict[str, Any]:
         half.sites,
         half.path.costs,
         place,
-        lambda model, file: export_onnx(model, file, subject.signature),
+        lambda model, file: export_onnx(model, file, subject.signature, opset=OPSET, variant="ort"),
         kinds=half.path.kinds(["neuron"]),
         align=bench.align,
     )
     plan = half.path.plan(budget="macs", value=0.8, kinds=["neuron"], align=bench.align)
-    dense_file = bench.exported("vit-b")["dense"]
+    dense_file = bench.files["vit-b", "ort", "fp32"]
     own = dense_file.with_name("predicted.onnx")
-    export_onnx(compact(dense, plan, check_weights=False), own, subject.signature)
+    export_onnx(compact(dense, plan, check_weights=False), own, subject.signature, opset=OPSET, variant="ort")
     predicted = found.plan_ms(plan.counts(half.sites)) / found.dense_ms
     measured = place.time({"dense": dense_file, "predicted": own})["predicted"].ratio
     return {
@@ -208,39 +258,70 @@ def table(bench: Bench) -> dict[str, Any]:
 
 
 def family(bench: Bench) -> dict[str, Any]:
-    """Dense and half of every model in every cell, and the ceilings of the device."""
-    from bench.inputs import graph_inputs, make_inputs
+    """Dense and half of every model in every cell in fp32, and the ceilings of the device."""
     from bench.roofline import measure_ceilings
-    from bench.timing import measure
-    from bench.work import work_of
 
     length = 1 << 16 if bench.small else 1 << 26
     side = 128 if bench.small else 4096
     ceilings = measure_ceilings(bench.runtime, side=side, length=length)
+    return {"ceilings": ceilings.to_json(), "cells": _cells(bench, "fp32", bench.runtime, counted=True)}
+
+
+def family_fp16(bench: Bench) -> dict[str, Any]:
+    """The same in fp16, which is what GPUs are bought for."""
+    return {"cells": _cells(bench, "fp16", bench.runtime)}
+
+
+def family_graphs(bench: Bench) -> dict[str, Any]:
+    """The same in fp16 with CUDA graphs, in the cells small enough to be bound by launches."""
+    return {"cells": _cells(bench, "fp16", bench.graphs, largest=8)}
+
+
+def _cells(
+    bench: Bench, precision: str, runtime: str, *, counted: bool = False, largest: int | None = None
+) -> list[dict[str, Any]]:
+    from bench.inputs import graph_inputs, make_inputs
+    from bench.timing import measure
+    from bench.work import work_of
+
     cells = []
     for subject in subjects(bench.small):
-        files = bench.exported(subject.name)
+        files = bench.files.members(subject.name, precision)
         for batch, sequence in subject.cells:
+            if largest is not None and batch * max(1, (sequence or 0) // 128) > largest:
+                continue
             inputs = make_inputs(graph_inputs(files["dense"]), batch=batch, sequence=sequence)
             sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
-            report = measure(files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds, sessions=2)
-            cell = {"model": subject.name, **report.to_json()}
-            if batch <= 8 and (sequence or 0) <= 128:  # counting runs the model on the CPU
+            report = measure(files, inputs, runtime=runtime, sizes=sizes, seconds=bench.seconds, sessions=SESSIONS)
+            cell = {"model": subject.name, "precision": precision, **report.to_json()}
+            if counted and batch <= 8 and (sequence or 0) <= 128:  # counting runs the model on the CPU
                 works = {name: work_of(file, inputs) for name, file in files.items()}
                 cell["work"] = {
                     name: {"flops": work.flops, "bytes": work.bytes, "nodes": work.nodes}
                     for name, work in works.items()
                 }
             cells.append(cell)
-    return {"ceilings": ceilings.to_json(), "cells": cells}
+    return cells
+
+
+def large_search(bench: Bench) -> dict[str, Any]:
+    """The default search on a 7B model of random weights: seconds and memory of all its steps, none computed."""
+    from bench.studies.scale import search_7b
+
+    return search_7b(bench.device, small=bench.small)
 
 
 CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "search": search_and_refit,
+    "recovery": recovery,
+    "large": large_search,
     "parity": parity,
     "runtimes": runtimes,
     "family": family,
+    "family-fp16": family_fp16,
+    "family-graphs": family_graphs,
     "fp16": half_precision,
+    "variants": variants,
     "table": table,
 }
 

@@ -25,6 +25,11 @@ class Subject:
     signature: Signature
     cells: tuple[tuple[int, int | None], ...]
 
+    @property
+    def mask(self) -> str | None:
+        """The input that says which tokens count; where outputs are per token."""
+        return "attention_mask" if "sequence" in self.signature.output.shape else None
+
 
 @dataclass(frozen=True)
 class Member:
@@ -42,7 +47,8 @@ def subjects(small: bool) -> list[Subject]:
 
 
 def half_of(model: nn.Module, signature: Signature, align: int, seed: int = 0) -> Member:
-    """The model with half its MACs, cut at aligned widths along a random path: what is kept does not matter to time."""
+    """The model with half its MACs, whole heads and neurons in aligned numbers gone from every layer alike along a
+    random path: what is kept does not matter to time."""
     import numpy as np
 
     from converters.surgery import compact
@@ -57,13 +63,14 @@ def half_of(model: nn.Module, signature: Signature, align: int, seed: int = 0) -
     generator = np.random.default_rng(seed)
     path = SolutionPath.from_importance(
         {unit_key(s.name, kind): generator.uniform(0.1, 1.0, s.units(kind)) for s, kind in groups(sites)},
+        allocation="uniform",
         model="random weights",
         weights_sha256=weights_sha256(model),
         sites=sites,
         costs=costs,
         method="random",
     )
-    plan = path.plan(budget="macs", value=0.5, align=align)
+    plan = path.plan(budget="macs", value=0.5, align=align, kinds=path.kinds(["head", "neuron"]))
     return Member(compact(model, plan, check_weights=False), sites, path, plan)
 
 
@@ -81,7 +88,7 @@ def _vit(small: bool) -> Subject:
         TensorSpec("logits", "float32", ("batch", 1000)),
         lambda model, inputs: model(inputs["pixel_values"]),
     )
-    cells = ((1, None), (2, None)) if small else ((1, None), (8, None), (64, None), (256, None))
+    cells = ((1, None), (2, None)) if small else ((1, None), (8, None), (256, None))
     return Subject("vit-b", build, signature, cells)
 
 
@@ -94,7 +101,7 @@ def _bert(small: bool) -> Subject:
         return _seeded(lambda: BertForSequenceClassification(config))
 
     signature = _text(99 if small else 30522, ("batch", 2), {})
-    cells = ((1, 8), (2, 16)) if small else ((1, 128), (8, 128), (64, 128), (256, 128), (8, 512))
+    cells = ((1, 8), (2, 16)) if small else ((1, 128), (8, 128), (256, 128), (8, 512))
     return Subject("bert-base", build, signature, cells)
 
 

@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "ort-cpu": ("fp32", "int8-dynamic", "int8-static"),
     "openvino": ("fp32", "int8-static"),
     "ort-cuda": ("fp32", "fp16", "bf16"),
+    "ort-cuda-graph": ("fp32", "fp16", "bf16"),
     "ort-tensorrt": ("fp32", "fp16", "bf16"),
 }
 

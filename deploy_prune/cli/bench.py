@@ -28,8 +28,8 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
     default="ort-cpu",
     show_default=True,
     metavar="NAME,...",
-    help="Where to run: ort-cpu, ort-cuda, ort-tensorrt, openvino, torch-cpu, torch-cuda, torch-compile. `deploy-prune "
-    "doctor` says which work here.",
+    help="Where to run: ort-cpu, ort-cuda, ort-cuda-graph, ort-tensorrt, openvino, torch-cpu, torch-cuda, "
+    "torch-compile. `deploy-prune doctor` says which work here.",
 )
 @click.option("--batch", "batches", default="1", show_default=True, metavar="N,...", help="Examples per call.")
 @click.option(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CHOICE = "variant.json"
 CANDIDATES = ("standard", "ort")  # the first is kept unless the second is measurably faster
-ORT = ("ort-cpu", "ort-cuda")  # runtimes that know the operators of `ort`
+ORT = ("ort-cpu", "ort-cuda", "ort-cuda-graph")  # runtimes that know the operators of `ort`
 
 
 def variant_stage(workspace: Workspace, setup: Setup) -> tuple[Setup, Stage | None]:

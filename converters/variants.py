@@ -21,7 +21,7 @@ def passes(variant: Variant, weights: Collection[str]) -> list[ir.passes.PassBas
     from converters.passes.flat_tokens import FlatTokens
     from converters.passes.grouped_heads import StackGroups
     from converters.passes.no_op_reshape import NoOpReshape
-    from converters.passes.rms_norm import FuseRmsNorm
+    from converters.passes.rms_norm import DivideByRoot
     from converters.passes.rotary import FuseRotary
     from converters.passes.softmax_floor import FloorMaskedScores
     from converters.passes.split_linear import SplitLinear
@@ -31,7 +31,7 @@ def passes(variant: Variant, weights: Collection[str]) -> list[ir.passes.PassBas
         return []
     own = [FuseAttention(weights), FuseRotary(), FloorMaskedScores()] if variant == "ort" else []
     lean = [NoOpReshape(), VanishedZeros(), SplitLinear(weights), StackGroups()]
-    return [*lean, *own, FuseRmsNorm(may_raise=variant == "ort"), FlatTokens(weights)]
+    return [*lean, *own, DivideByRoot(), FlatTokens(weights)]
 
 
 def apply(model: ir.Model, variant: Variant, weights: Collection[str]) -> None:

@@ -43,9 +43,9 @@ def claimed_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", cpu_session)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    ort_cuda.provider_broken.cache_clear()
+    ort_cuda.why_not_started.cache_clear()
     yield
-    ort_cuda.provider_broken.cache_clear()
+    ort_cuda.why_not_started.cache_clear()
 
 
 def test_unknown_runtime_suggests_the_closest() -> None:

@@ -55,7 +55,7 @@ def test_fused_decoder_writes_what_torch_writes_and_equals_it_however_it_is_fed(
     assert check_decoder(model, directory / "model.onnx").error < 1e-5
     assert generate(OnnxDecoder(directory / "model.onnx"), PROMPTS, 60, stop=()) == written(model, PROMPTS, 60)
     ops = [node.op_type for node in onnx.load(directory / "model.onnx").graph.node]
-    assert ops.count("RotaryEmbedding") == 4 and ops.count("RMSNormalization") == 5 and "Neg" not in ops
+    assert ops.count("RotaryEmbedding") == 4 and ops.count("Div") >= 5 and "Reciprocal" not in ops and "Neg" not in ops
 
 
 def test_caches_have_the_shapes_of_their_layers_and_vanished_attention_has_none():

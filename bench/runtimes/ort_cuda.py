@@ -132,9 +132,15 @@ def provider_missing() -> str | None:
     return f"onnxruntime {onnxruntime.__version__} was built without {PROVIDER} (the CPU package is installed)"
 
 
-@functools.cache
 def provider_broken() -> str | None:
-    """Why the CUDA provider does not start here, or None; found out by starting it on a one-node model."""
+    """Why the CUDA provider does not start here, or None."""
+    why = why_not_started(PROVIDER)
+    return f"the CUDA provider does not start; is a driver, CUDA or cuDNN missing? ({why})" if why else None
+
+
+@functools.cache
+def why_not_started(provider: str) -> str | None:
+    """What ONNX Runtime says when a provider does not start here, or None; found out by a one-node model."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -148,10 +154,10 @@ def provider_broken() -> str | None:
         options = session_options(1)
         options.log_severity_level = SILENT
         try:
-            refuse_other_provider(path, create(path, [(PROVIDER, PROVIDER_OPTIONS)], options))
+            made = create(path, [(provider, PROVIDER_OPTIONS)], options).get_providers()
         except DeployPruneError as error:
-            return f"the CUDA provider does not start; is a driver, CUDA or cuDNN missing? ({error.got or error.what})"
-    return None
+            return error.got or error.what
+    return None if provider in made else f"it made a session for {', '.join(made)}"
 
 
 def preload() -> None:

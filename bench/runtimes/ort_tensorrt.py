@@ -15,7 +15,7 @@ from bench.runtimes.ort import OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.ort_cuda import PROVIDER as CUDA
 from bench.runtimes.ort_cuda import PROVIDER_OPTIONS as CUDA_OPTIONS
-from bench.runtimes.ort_cuda import preload, provider_broken
+from bench.runtimes.ort_cuda import preload, provider_broken, why_not_started
 from bench.runtimes.placement import Placement
 from deploy_prune.errors import UnavailableError
 
@@ -36,7 +36,10 @@ class OrtTensorrt(Runtime):
     )
 
     def available(self) -> str | None:
-        return absent() or provider_missing() or provider_broken()
+        reason = absent() or provider_missing() or provider_broken()
+        if reason is None and (why := why_not_started(PROVIDER)):
+            reason = f"TensorRT does not start; are its libraries missing? ({why})"
+        return reason
 
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         if reason := absent() or provider_missing():

@@ -48,7 +48,7 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
         summary["checks"] = read_json(out / place / "summary.json")["checks"]
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
         runtime = "ort-cpu" if small else "ort-cuda"
-        bench = Bench(small, device, runtime, Path(scratch), 0.05 if small else 0.5)
+        bench = Bench(small, device, runtime, Path(scratch), 0.05 if small else 0.3)
         for name in names or CHECKS:
             spent = time.monotonic() - began
             if limit - spent < RESERVE:
@@ -58,13 +58,16 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
                 }
                 click.echo(f"{name}: not begun, out of time")
                 continue
-            state, found = "passed", {}
+            state, found = "passed", bench.begin()
             try:
                 found = CHECKS[name](bench)
             except DeployPruneError as error:
-                state, found = "failed", {"error": str(error)}
+                state, found = "failed", {**bench.found, "error": str(error)}
             except Exception as error:
-                state, found = "failed", {"error": repr(error), "trace": traceback.format_exc().splitlines()[-6:]}
+                state, found = (
+                    "failed",
+                    {**bench.found, "error": repr(error), "trace": traceback.format_exc().splitlines()[-6:]},
+                )
             seconds = round(time.monotonic() - began - spent, 1)
             write_json(
                 _made(out / place) / f"{name}.json",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.suite.files import FORMS, OPSET, Files
 from bench.suite.models import Member, Subject, half_of, subjects
-from deploy_prune.errors import ParityError
+from deploy_prune.errors import DeployPruneError, ParityError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-SESSIONS = 1  # loading takes longer than timing; where weights lie matters less than in a CPU's caches
-ERROR = {"fp32": 2e-4, "tf32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}  # of the largest output
+SESSIONS = 2
+ERROR = {"fp32": 2e-4, "refit": 1e-2, "tf32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}  # of the largest output
 
 
 @dataclass
@@ -30,6 +30,12 @@ class Bench:
     directory: Path
     seconds: float
     members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self) -> dict[str, Any]:
+        """A check's results, which are kept also when it fails later."""
+        self.found = {}
+        return self.found
 
     @property
     def align(self) -> int:
@@ -59,8 +65,7 @@ class Bench:
 
 
 def search_and_refit(bench: Bench) -> dict[str, Any]:
-    """The default search and the refit on the device give the path and the weights that they give on the CPU."""
-    import numpy as np
+    """The default search and the refit on the device give the path and the model that they give on the CPU."""
     import torch
 
     from deploy_prune.adapters import find_sites
@@ -77,23 +82,23 @@ def search_and_refit(bench: Bench) -> dict[str, Any]:
         task = load_task(
             "image-classification", model=model, model_ref=reference, calibration="digits:train", evaluation=None
         )
-        count = 64 if bench.small else 512
+        count = 64 if bench.small else 128
         path = search(model, task, "fisher" if bench.small else "spp", examples=count, batch_size=64, precision="fp32")
         plan = path.plan(0.4)
         moments = collect_moments(model, find_sites(model), task.calibration(64, count), task.signature)
-        weights = refit(model, plan, moments, basis=path.basis)
-        found[device] = (plan, torch.cat([p.detach().cpu().flatten() for p in weights.parameters()]))
+        small = refit(model, plan, moments, basis=path.basis).cpu()
+        inputs = task.signature.random_inputs({"batch": 64}, seed=3)
+        with torch.no_grad():
+            found[device] = (plan, task.signature.call(small, inputs).numpy())
     (cpu_plan, cpu), (plan, own) = found["cpu"], found[bench.device]
     kept = [(set(cpu_plan.keep[s][k]), set(plan.keep[s][k])) for s in plan.keep for k in plan.keep[s]]
     shared = sum(len(a & b) for a, b in kept) / max(1, sum(len(a | b) for a, b in kept))
     if shared < 0.98:
         raise ParityError("the search on the device finds another path", expected="98 % shared", got=f"{shared:.1%}")
-    result: dict[str, Any] = {"device": bench.device, "units shared with the CPU's plan": shared}
-    if plan.keep == cpu_plan.keep:
-        off = float((own - cpu).abs().max() / cpu.abs().max())
-        result["refitted weights off by"] = off
-        if not off < 1e-2 or not np.isfinite(off):
-            raise ParityError("the refit on the device gives other weights", expected="below 1e-2", got=f"{off:.1e}")
+    result = bench.begin()
+    result |= {"device": bench.device, "units shared with the CPU's plan": shared}
+    if plan.keep == cpu_plan.keep:  # bases turn with rounding, so the functions are compared, not the weights
+        result["refitted outputs off by"] = _close(own, cpu, "refit", "digits")
     return result
 
 
@@ -112,7 +117,7 @@ def recovery(bench: Bench) -> dict[str, Any]:
     )
     path = search(dense, task, "magnitude", examples=64, batch_size=64, precision="fp32")
     cut = compact(dense, path.plan(0.6), check_weights=False)
-    result: dict[str, Any] = {}
+    result = bench.begin()
     for method in ("full", "lora", "diff"):
         found = recover(cut, task, teacher=dense, method=method, steps=20 if bench.small else 200)
         result[method] = {key: value for key, value in found.to_json().items() if key != "marks"}
@@ -132,7 +137,7 @@ def parity(bench: Bench) -> dict[str, Any]:
 
     from bench.runtimes import get_runtime
 
-    result: dict[str, Any] = {}
+    result = bench.begin()
     for subject in subjects(bench.small):
         _, _, half = bench.subject(subject.name)
         inputs = subject.signature.random_inputs({"batch": 3, "sequence": 13}, seed=1)
@@ -160,38 +165,42 @@ def half_precision(bench: Bench) -> dict[str, Any]:
     from bench.timing import measure
 
     runtime = get_runtime(bench.runtime)
-    result: dict[str, Any] = {}
+    result, failed = bench.begin(), []
     for subject in subjects(bench.small):
         file = bench.files[subject.name, "half", "fp32"]
         batch, sequence = subject.cells[1]
         inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
         expected = runtime.load(file).run(inputs)[0]
-        files, errors = {"fp32": file}, {}
+        files: dict[str, Path] = {"fp32": file}
+        errors: dict[str, Any] = {}
         for precision in ("fp16",) if bench.small else ("fp16", "bf16"):
-            files[precision] = bench.files[subject.name, "half", precision]
-            answer = runtime.load(files[precision]).run(inputs)[0]
-            errors[precision] = _close(answer, expected, precision, subject.name)
+            lower = bench.files[subject.name, "half", precision]
+            try:
+                answer = runtime.load(lower).run(inputs)[0]
+                errors[precision] = _close(answer, expected, precision, subject.name)
+                files[precision] = lower
+            except DeployPruneError as failure:
+                errors[precision] = str(failure)
+                failed.append(f"{subject.name} in {precision}")
         report = measure(files, inputs, runtime=runtime, seconds=bench.seconds, sessions=SESSIONS)
         result[subject.name] = {"errors": errors, "cell": report.to_json()}
+    _all_well(failed)
     return result
 
 
 def variants(bench: Bench) -> dict[str, Any]:
-    """The forms of one dense graph against each other, in fp32 and fp16: which is the fastest on this device."""
+    """The forms of one dense graph against each other in fp16: which is the fastest on this device."""
     from bench.inputs import graph_inputs, make_inputs
     from bench.timing import measure
 
     cells = []
     for subject in subjects(bench.small):
-        for precision in ("fp32", "fp16"):
-            files = {form: bench.files[subject.name, form, precision] for form in FORMS}
-            for batch, sequence in subject.cells[:2]:
-                inputs = make_inputs(graph_inputs(files["plain"]), batch=batch, sequence=sequence)
-                sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
-                report = measure(
-                    files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds / 2, sessions=SESSIONS
-                )
-                cells.append({"model": subject.name, "precision": precision, **report.to_json()})
+        files = {form: bench.files[subject.name, form, "fp16"] for form in FORMS}
+        for batch, sequence in subject.cells[:2]:
+            inputs = make_inputs(graph_inputs(files["plain"]), batch=batch, sequence=sequence)
+            sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
+            report = measure(files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds, sessions=2)
+            cells.append({"model": subject.name, "precision": "fp16", **report.to_json()})
     return {"cells": cells}
 
 
@@ -206,7 +215,7 @@ def runtimes(bench: Bench) -> dict[str, Any]:
     batch, sequence = subject.cells[1]
     inputs = make_inputs(graph_inputs(file), batch=batch, sequence=sequence)
     expected = RUNTIMES["ort-cpu"].load(file).run(inputs)[0]
-    result: dict[str, Any] = {}
+    result, failed = bench.begin(), []
     for runtime in RUNTIMES.values():
         if reason := runtime.available():
             result[runtime.name] = {"absent": reason}
@@ -214,13 +223,16 @@ def runtimes(bench: Bench) -> dict[str, Any]:
         if bench.small and runtime.name == "torch-compile":
             result[runtime.name] = {"left out": "compiling takes longer than the small suite may"}
             continue
-        session = runtime.load(file)
-        bound = session.bind(inputs)
-        bound()
-        result[runtime.name] = {
-            "error": _close(bound.outputs()[0], expected, "tf32", runtime.name),
-            "session": session.describe(),
-        }
+        try:
+            session = runtime.load(file)
+            bound = session.bind(inputs)
+            bound()
+            error = _close(bound.outputs()[0], expected, "tf32", runtime.name)
+            result[runtime.name] = {"error": error, "session": session.describe()}
+        except DeployPruneError as failure:
+            result[runtime.name] = {"failed": str(failure)}
+            failed.append(runtime.name)
+    _all_well(failed)
     return result
 
 
@@ -324,6 +336,11 @@ CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "variants": variants,
     "table": table,
 }
+
+
+def _all_well(failed: list[str]) -> None:
+    if failed:
+        raise ParityError("some do not run as they should", problems=failed, remedy="The results say why.")
 
 
 def _close(own: np.ndarray, expected: np.ndarray, kind: str, where: str) -> float:

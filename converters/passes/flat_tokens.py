@@ -16,7 +16,7 @@ from converters.passes.match import Builder, constant, dims, integer, made_by, r
 
 UNARY = {"Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "Sqrt", "Reciprocal", "Neg", "Exp", "HardSwish", "Elu", "Softplus"}
 BINARY = {"Add", "Sub", "Mul", "Div", "Pow"}
-NORMS = {"LayerNormalization", "RMSNormalization"}
+NORMS = {"LayerNormalization"}
 
 
 class FlatTokens(ir.passes.InPlacePass):
@@ -96,6 +96,8 @@ class _Flattening:
             shape = dims(x) or ()
             whole = integer(node, "axis", -1) in (-1, len(shape) - 1) and len(node.outputs) == 1
             inputs = [self._known(x) if whole else None, *node.inputs[1:]]
+        elif node.op_type == "ReduceMean":
+            inputs = [self._known(x) if _over_last(node) else None, *node.inputs[1:]]
         elif node.op_type in BINARY:
             inputs = self._pair(node)
         else:
@@ -125,6 +127,8 @@ class _Flattening:
             return []
         if shape == other and None not in shape:
             return [self._rows(a, node), self._rows(b, node)]
+        if a in self.flat and b in self.flat and _by_token(shape, other):
+            return [self.flat[a], self.flat[b]]
         rows: list[ir.Value | None] = []
         for value, its in ((a, shape), (b, other)):
             if value in self.flat:
@@ -149,3 +153,14 @@ class _Flattening:
         for value, size in ((front, len(shape) - 1), (target, len(shape))):
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([size])
         return target
+
+
+def _over_last(node: ir.Node) -> bool:
+    """Whether a reduction gives one number per token."""
+    axes = constant(node.inputs[1]) if len(node.inputs) == 2 else None
+    return axes is not None and axes.tolist() == [-1] and integer(node, "keepdims", 1) == 1
+
+
+def _by_token(shape: tuple[int | str | None, ...], other: tuple[int | str | None, ...]) -> bool:
+    """Whether one of two values has one number for each token of the other."""
+    return shape[:-1] == other[:-1] and None not in shape[:-1] and 1 in (shape[-1], other[-1])

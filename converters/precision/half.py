@@ -2,9 +2,9 @@
 
 Inputs and outputs of the graph stay float32, and so do:
 
-* squares, their sums and roots (`SUMS`): the sum of the squares of 4,096 values of 4 is 65,536, more than fp16 can say,
-  and an epsilon of 1e-12 is zero there. LayerNormalization and RMSNormalization are lowered: their standard
-  (`stash_type`) says that they compute in float32 whatever their inputs are;
+* squares, their sums and roots (`SUMS`), and what is divided by such a root: the sum of the squares of 4,096 values of
+  4 is 65,536, more than fp16 can say, and an epsilon of 1e-12 is zero there. LayerNormalization and RMSNormalization
+  are lowered: their standard (`stash_type`) says that they compute in float32 whatever their inputs are;
 * angles (`ANGLES`): above 2,048 fp16 holds no odd number, so positions would fall together;
 * what feeds these alone by simple arithmetic or by moving data;
 * nodes that the opset does not define for the format (bf16: Conv before opset 22), ONNX Runtime's own operators in
@@ -156,6 +156,8 @@ class _Lowering:
             return "an operator of ONNX Runtime" if self.precision == "bf16" else None
         if node.op_type in REASONS:
             return REASONS[node.op_type]
+        if node.op_type == "Div" and (divisor := node.inputs[1]) is not None and _made_by_root(divisor):
+            return REASONS["Sqrt"]  # as one norm in fp32, which runtimes fuse with the casts around it
         if not self._defined(node):
             return f"not defined for {self.precision} in opset {self.opset}"
         for value in node.inputs:
@@ -246,6 +248,11 @@ def _is_float(value: ir.Value, node: ir.Node) -> bool:
     return value.dtype == ir.DataType.FLOAT or (
         value.dtype is None and node.domain == CONTRIB and value.producer() is node
     )
+
+
+def _made_by_root(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Sqrt"
 
 
 def _stored(value: ir.Value | None) -> np.ndarray | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,18 @@ from tiny_vision import *  # noqa: F403 - fixtures
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def process_threads_stay() -> Iterator[None]:
+    """No test leaves torch with another number of threads: later ones in the process would sum in another order."""
+    torch = sys.modules.get("torch")  # not imported here: it takes seconds, and many tests do without
+    before = torch.get_num_threads() if torch else None
+    yield
+    if torch and torch.get_num_threads() != before:
+        left = torch.get_num_threads()
+        torch.set_num_threads(before)
+        pytest.fail(f"torch had {before} threads before the test and has {left} after it")
 
 
 @pytest.fixture(scope="session")

@@ -103,8 +103,28 @@ def test_torch_runs_the_members_checkpoint_and_gives_the_files_answer(bundle: Pa
     bound()
     assert np.allclose(bound.outputs()[0], OrtCpu().load(onnx, threads=1).run(IMAGES)[0], rtol=1e-4, atol=1e-4)
     facts = session.describe()
-    assert facts["weights"] == OWN and facts["options"]["threads"] == torch.get_num_threads() == 1
+    assert facts["weights"] == OWN and facts["options"]["threads"] == 1
     json.dumps(facts)
+
+
+def test_torch_computes_on_the_threads_asked_for_and_the_process_has_its_own_back(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real, before = [], torch.nn.functional.linear, torch.get_num_threads()
+
+    def linear(*given: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return real(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    session = RUNTIMES["torch-cpu"].load(bundle / "models" / "s40.onnx", threads=before + 1)
+    assert torch.get_num_threads() == before and session.describe()["options"]["threads"] == before + 1
+    bound = session.bind(IMAGES)
+    bound()
+    bound.outputs()
+    with pytest.raises(UsageError, match="does not run"):
+        session.bind({"pixel_values": IMAGES["pixel_values"][:, :2]})
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
 
 
 def test_the_dense_model_is_timed_as_its_architecture_and_says_so(bundle: Path) -> None:

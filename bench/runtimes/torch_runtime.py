@@ -46,7 +46,6 @@ class TorchRuntime(Runtime):
         if reason := self.available() or (_unseen() if self.device() == "cuda" else None):
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
         device, count = self.device(), thread_count(threads)
-        torch.set_num_threads(count)  # of the process: all models of one comparison have the same
         facts: dict[str, Any] = {
             "runtime": self.name,
             "device": cpu_model() if device == "cpu" else gpu_name() or "unknown GPU",
@@ -60,10 +59,10 @@ class TorchRuntime(Runtime):
                 "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
             },
         }
-        with building(facts):
+        with building(facts), _Threads(count):
             form = torch_form(onnx_path, trust_code=self.trust_code)
         facts["weights"] = form.weights
-        return _TorchSession(form, facts, device, compiled=self.compiled)
+        return _TorchSession(form, facts, device, count, compiled=self.compiled)
 
 
 class TorchCpu(TorchRuntime):
@@ -106,11 +105,11 @@ class TorchCompile(TorchRuntime):
 
 
 class _TorchSession(Session):
-    def __init__(self, form: TorchForm, facts: dict[str, Any], device: str, *, compiled: bool) -> None:
+    def __init__(self, form: TorchForm, facts: dict[str, Any], device: str, threads: int, *, compiled: bool) -> None:
         from bench.inputs import graph_inputs
 
         self.name = form.onnx.stem
-        self._form, self._facts, self._device, self._compiled = form, facts, device, compiled
+        self._form, self._facts, self._device, self._threads, self._compiled = form, facts, device, threads, compiled
         self._specs = {spec.name: spec for spec in graph_inputs(form.onnx)}
         self._function: Function | None = None
 
@@ -135,7 +134,8 @@ class _TorchSession(Session):
             raise UsageError("the model does not run on these inputs", where=self.name, problems=wrong)
         if self._function is None:
             self._form.model.cpu()
-            self._function = self._form.function(inputs)
+            with _Threads(self._threads):
+                self._function = self._form.function(inputs)
         function, model = self._function, self._form.model.to(self._device)
         tensors = {n: torch.from_numpy(np.ascontiguousarray(a)).to(self._device) for n, a in inputs.items()}
 
@@ -146,7 +146,7 @@ class _TorchSession(Session):
             mode = "reduce-overhead" if self._device == "cuda" else "default"
             self._facts["options"] |= {"compile_mode": mode, "fullgraph": True, "dynamic": False}
             call = torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
-        bound = _TorchBound(call, tensors, self._device)
+        bound = _TorchBound(call, tensors, self._device, self._threads)
         with building(self._facts):
             self._first_calls(bound, inputs)
         if self._device == "cuda":
@@ -183,14 +183,14 @@ class _TorchSession(Session):
 
 
 class _TorchBound(Bound):
-    def __init__(self, call: Any, tensors: Mapping[str, Tensor], device: str) -> None:
-        self._call, self._tensors, self._device = call, tensors, device
+    def __init__(self, call: Any, tensors: Mapping[str, Tensor], device: str, threads: int) -> None:
+        self._call, self._tensors, self._device, self._threads = call, tensors, device, _Threads(threads)
         self._last: Tensor | None = None
 
     def __call__(self) -> None:
         import torch
 
-        with torch.inference_mode():
+        with self._threads, torch.inference_mode():
             self._last = self._call(self._tensors)
         if self._device == "cuda":
             torch.cuda.synchronize()
@@ -200,6 +200,25 @@ class _TorchBound(Bound):
             self()
         assert self._last is not None
         return [self._last.detach().float().cpu().numpy().copy()]
+
+
+class _Threads:
+    """torch computes on `count` threads meanwhile. That number is the process's: what runs later gets its own back, for
+    its sums may depend on it. Held anew for every call of a session, at under a microsecond a call; not nestable."""
+
+    def __init__(self, count: int) -> None:
+        import torch
+
+        self._count, self._get, self._set = count, torch.get_num_threads, torch.set_num_threads
+
+    def __enter__(self) -> None:
+        self._before = self._get()
+        if self._before != self._count:
+            self._set(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._count:
+            self._set(self._before)
 
 
 def _no_gpu() -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static"]  # converters/precision/formats.py
+Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static"]  # what each is: converters/precision/formats.py
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -17,7 +17,7 @@ class PrecisionOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    also: list[Precision] = Field([], description="fp16, bf16, int8-dynamic, int8-static")
+    also: list[Precision] = Field([], description=", ".join(get_args(Precision)))
     examples: Annotated[int, Field(ge=1)] = Field(
         128, description="calibration examples: for ranges, overflow and the agreement of predictions"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from deploy_prune.errors import UsageError, did_you_mean
+from deploy_prune.precision_options import Precision
 
-Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 HALF = ("fp16", "bf16")  # every activation is rounded; int8 files round the inputs and weights of linear layers alone
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import atomic_file, existing, read_json
 from deploy_prune.plan import Costs, Target
+from deploy_prune.precision_options import Precision
 
 TYPE, VERSION = "Bundle", 1
 MANIFEST = "manifest.json"
@@ -237,7 +238,7 @@ class Member(_Part):
     bytes: Count
     opset: Annotated[int, Field(ge=1)]
     variant: Literal["plain", "standard", "ort"] = "plain"
-    precision: Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-static"] = "fp32"
+    precision: Literal["fp32", Precision] = "fp32"
     twin: Name | None = None
     weight_bytes: Count
     plan: Text | None = None

@@ -1,4 +1,4 @@
-"""The digits as a task for the tests: 8 x 8 images, found offline."""
+"""The digits as a task, and as a run of seconds, for the tests: 8 x 8 images, found offline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from deploy_prune.tasks import Task, load_task
 
 if TYPE_CHECKING:
     from torch import nn
+
+# Of the recipe `digits`: the demo's model without training, searched by the cheapest method: a run of seconds.
+SETTINGS = {
+    "model": "python:deploy_prune.demo:digits_vit_untrained",
+    "search.method": "magnitude",
+    "search.options": "{}",
+    "refit.examples": "64",
+    "quality.limit": "64",
+    "family.sparsities": "[0.5]",
+}
 
 
 def digits_task(model: nn.Module) -> Task:

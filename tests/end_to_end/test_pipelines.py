@@ -11,20 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from digits import SETTINGS
 
 from deploy_prune.release.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
-# The demo's model without training, searched by the cheapest method: a run of seconds.
-SETTINGS = {
-    "model": "python:deploy_prune.demo:digits_vit_untrained",
-    "search.method": "magnitude",
-    "search.options": "{}",
-    "refit.examples": "64",
-    "quality.limit": "64",
-    "bench.enabled": "false",
-    "family.sparsities": "[0.5]",
-}
+UNTIMED = {**SETTINGS, "bench.enabled": "false"}
 
 
 @pytest.fixture
@@ -66,7 +58,7 @@ def steps(inputs: dict[str, str]) -> dict[str, tuple[str, dict[str, str]]]:
 def test_github_action_runs_a_recipe_gates_it_and_leaves_its_report(tmp_path: Path, machine: dict[str, str]) -> None:
     summary = tmp_path / "summary.md"
     machine["GITHUB_STEP_SUMMARY"] = str(summary)
-    settings = "\n".join(f"{key}={value}" for key, value in SETTINGS.items())
+    settings = "\n".join(f"{key}={value}" for key, value in UNTIMED.items())
     made = steps({"recipe": "digits", "rules": "good.yaml", "settings": settings})
     assert list(made) == ["Install", "Run", "Gate", "Report"]
     for name in ("Run", "Gate", "Report"):
@@ -88,7 +80,7 @@ def test_gitlab_job_runs_a_recipe_file_gates_it_and_leaves_its_report(tmp_path: 
     pipeline: dict[str, Any] = yaml.safe_load((ROOT / "examples/gitlab-ci.yml").read_text())
     job = pipeline["prune"]
     recipe = yaml.safe_load((ROOT / "recipes/digits.yaml").read_text())
-    for key, value in SETTINGS.items():
+    for key, value in UNTIMED.items():
         part, _, name = key.rpartition(".")
         (recipe.setdefault(part, {}) if part else recipe)[name] = yaml.safe_load(value)
     (tmp_path / "prune.yaml").write_text(yaml.safe_dump(recipe))

@@ -7,14 +7,17 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from onnx_models import save_mlp
 from shipped import EMBEDDING, SIGNATURES
 from test_parity import make_plan
 
 from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
+from converters.precision.given import matching
 from converters.precision.proof import prove
 from converters.surgery import compact
 from deploy_prune.errors import ArtifactError, ParityError, UnsupportedModelError, UsageError
+from deploy_prune.pipeline.precisions import kept_in, stored_weights
 
 LAYERS = {"tiny_vit": 13, "tiny_distilbert": 14, "tiny_bert": 12}
 
@@ -190,6 +193,35 @@ def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit,
             convert_precision(vit, target, precision, data, keep=["nothing*"])
     with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
         convert_precision(vit, target, "int8-dynamic", data, keep=["*"])
+
+
+def test_a_pattern_of_nodes_to_keep_counts_in_every_model_that_has_such_a_node(tmp_path):
+    files = {"dense": save_mlp(tmp_path / "dense.onnx"), "s50": save_mlp(tmp_path / "s50.onnx")}
+    cut = onnx.load(files["s50"])
+    for node in cut.graph.node:
+        node.name = "" if node.name == "up" else node.name  # as if that layer had vanished from the member
+    onnx.save(cut, files["s50"])
+    assert kept_in(files, ["up", "d*"]) == {"dense": ["up", "d*"], "s50": ["d*"]}
+    assert kept_in(files, []) == {"dense": [], "s50": []}
+    with pytest.raises(UsageError, match="no node is called 'upper', 'sideways'"):
+        kept_in(files, ["up", "upper", "sideways"])
+
+
+def test_a_name_with_brackets_names_itself():
+    assert matching(["attn[0]", "m[al]p"], ["attn[0]", "attn0", "map", "mop"]) == {"attn[0]", "map"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_weights_are_those_of_the_twins_tensors_alone(precision, vit, tmp_path):
+    target = tmp_path / "low.onnx"
+    convert_precision(vit, target, precision, given(SIGNATURES["tiny_vit"]))
+    before = stored_weights(vit, target, precision)
+    proto = onnx.load(target)
+    for name in [i.name for i in onnx.load(vit).graph.initializer]:
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(9, np.float32), f"{name}.of_something_else"))
+    onnx.save(proto, target)
+    assert stored_weights(vit, target, precision) == before
+    assert (0.45 if precision in HALF else 0.2) < before / stored_weights(vit, vit, "fp32") < 0.6
 
 
 def test_tables_of_embeddings_are_stored_row_by_row_in_8_bits(tmp_path):

@@ -1,8 +1,9 @@
-"""What a conversion is given: an fp32 file, options that exist, and calibration data that are the graph's inputs."""
+"""What a conversion is given: an fp32 file, nodes of it to keep, options that exist, calibration data that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,41 @@ def check_option(name: str, value: str, known: Sequence[str]) -> None:
         raise UsageError(f"no {name} {value!r}", remedy=did_you_mean(str(value), known))
 
 
+def matching(patterns: Sequence[str], names: Collection[str]) -> set[str]:
+    """The names of nodes that any pattern matches.
+
+    Raises UsageError for patterns that match none.
+    """
+    found = {pattern: matched(pattern, names) for pattern in patterns}
+    if unknown := [repr(pattern) for pattern, those in found.items() if not those]:
+        raise UsageError(
+            f"no node is called {', '.join(unknown)}",
+            where="nodes to keep in fp32",
+            remedy="`*` stands for any text; the names are those of the fp32 file.",
+        )
+    return set().union(*found.values())
+
+
+def matched(pattern: str, names: Collection[str]) -> set[str]:
+    """The names that one pattern matches; a name with brackets, which are a set in patterns, is itself first."""
+    return {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
+
+
+def node_names(path: Path) -> list[str]:
+    """Names of the nodes of an ONNX file."""
+    return [node.name for node in _read(path).graph.node]
+
+
 def fp32_graph(path: Path) -> onnx.ModelProto:
     """The graph of an fp32 file that holds its weights.
 
     Raises ArtifactError for no ONNX file, UsageError for one in another precision, UnsupportedModelError for weights
     beside the file.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError) as error:
-        raise ArtifactError("not an ONNX file", where=str(path), got=str(error)[:200]) from error
-    noted = next((p.value for p in model.metadata_props if p.key == "deploy_prune.precision"), None)
-    found = noted or next((_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None)
+    model = _read(path)
+    found = _noted(model) or next(
+        (_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None
+    )
     if found:
         raise UsageError(
             "only fp32 files are converted",
@@ -50,6 +71,11 @@ def fp32_graph(path: Path) -> onnx.ModelProto:
             remedy="Cut a smaller member, or convert with the runtime's own tools.",
         )
     return model
+
+
+def precision_of(path: Path) -> str:
+    """The precision that a file says it was converted to, else fp32. Raises ArtifactError for no ONNX file."""
+    return _noted(_read(path)) or "fp32"
 
 
 def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | None) -> None:
@@ -82,3 +108,17 @@ def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | No
                 raise UsageError(f"{name} is not as the graph wants it", where=where, expected=shape, got=got)
             if value.dtype.kind == "f" and np.isnan(value).any():
                 raise UsageError(f"{name} holds NaN", where=where, remedy="Calibrate on inputs that are numbers.")
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise ArtifactError("not an ONNX file", where=str(path), got=str(error)[:200]) from error
+
+
+def _noted(model: onnx.ModelProto) -> str | None:
+    return next((p.value for p in model.metadata_props if p.key == "deploy_prune.precision"), None)

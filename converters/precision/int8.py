@@ -12,11 +12,11 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy_prune.errors import UnavailableError, UnsupportedModelError, UsageError
+from converters.precision.given import matching
+from deploy_prune.errors import UnavailableError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,21 +115,6 @@ def quantize(
     made.ir_version = max(made.ir_version, model.ir_version)
     target.write_bytes(made.SerializeToString(deterministic=True))
     return Quantized(tuple(nodes), tuple(sorted(kept)), tables)
-
-
-def matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that any pattern matches. Raises UsageError for a pattern that matches none."""
-    found = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise UsageError(
-                f"no node is called {pattern!r}",
-                where="nodes to keep in fp32",
-                remedy="`*` stands for any text; the names are those of the fp32 file.",
-            )
-        found |= matched
-    return found
 
 
 def _quantizer() -> Any:

@@ -15,6 +15,7 @@ from converters.precision.int8 import QUANTIZED, SCALE, ZERO_POINT
 if TYPE_CHECKING:
     import numpy as np
 
+TRANSPOSED = "_Transposed"  # the quantiser's copy of a weight that Gemm reads the other way round
 _SLACK = 1e-3  # of a step: scales are float32 and were made in another order than they are checked in
 
 
@@ -40,6 +41,12 @@ def stored_faults(twin: Path | str, candidate: Path | str, precision: str) -> li
     return faults
 
 
+def held_as(name: str, precision: str) -> set[str]:
+    """Names under which a file holds a tensor of its twin: as it was, rounded, turned, or in 8 bits with its scales."""
+    parts = ("", QUANTIZED, SCALE, ZERO_POINT, QUANTIZED + SCALE, QUANTIZED + ZERO_POINT)
+    return {key + part for key in (name, f"{name}.{precision}", name + TRANSPOSED) for part in parts}
+
+
 def _steps(name: str, want: np.ndarray, held: dict[str, object], precision: str) -> Iterator[float]:
     """The largest distance in steps of rounding, for every way in which the file holds a tensor."""
     import numpy as np
@@ -48,7 +55,7 @@ def _steps(name: str, want: np.ndarray, held: dict[str, object], precision: str)
     def array(key: str) -> np.ndarray:
         return np.asarray(numpy_helper.to_array(held[key]))  # type: ignore[arg-type]
 
-    for key, values in ((name, want), (f"{name}.{precision}", want), (f"{name}_Transposed", want.T)):
+    for key, values in ((name, want), (f"{name}.{precision}", want), (name + TRANSPOSED, want.T)):
         if key in held and array(key).shape == values.shape:
             got = array(key)
             if got.dtype == np.float32:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS
@@ -25,6 +26,8 @@ def precision_stages(
 ) -> dict[str, tuple[Stage, str]]:
     """`NAME.PRECISION` -> its stage and its twin's name, for every model and every precision the recipe asks for."""
     how = setup.recipe.precision
+    files = {name: stage.directory / f"{name}.onnx" for name, stage in models.items()}
+    keep = distributed.from_main(lambda: kept_in(files, how.keep)) if how.also else {}
     done = {}
     for precision in how.also:
         for twin, stage in models.items():
@@ -37,20 +40,37 @@ def precision_stages(
                 "seed": setup.recipe.seed,
             }
 
-            def work(
-                directory: Path, name: str = name, precision: str = precision, stage: Stage = stage, twin: str = twin
-            ) -> None:
-                facts = make_precision(setup, stage.directory / f"{twin}.onnx", directory, name, precision, reference)
+            def work(directory: Path, name: str = name, precision: str = precision, twin: str = twin) -> None:
+                facts = make_precision(setup, files[twin], directory, name, precision, reference, keep[twin])
                 write_json(directory / FACTS, facts)
 
             done[name] = (workspace.stage(name, inputs, work), twin)
     return done
 
 
+def kept_in(files: Mapping[str, Path], patterns: Sequence[str]) -> dict[str, list[str]]:
+    """Of each model, the patterns that name nodes of its file: a layer that vanished from one member is in others.
+
+    Raises UsageError for patterns that name a node of none.
+    """
+    from converters.precision.given import matched, matching, node_names
+
+    names = {model: node_names(file) for model, file in files.items()} if patterns else {}
+    matching(patterns, {name for own in names.values() for name in own})
+    return {model: [pattern for pattern in patterns if matched(pattern, names[model])] for model in files}
+
+
 def make_precision(
-    setup: Setup, twin: Path, directory: Path, name: str, precision: Any, reference: np.ndarray | None = None
+    setup: Setup,
+    twin: Path,
+    directory: Path,
+    name: str,
+    precision: Any,
+    reference: np.ndarray | None = None,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write `NAME.onnx`, its samples and scores into `directory`; returns the facts for the manifest.
+    """Write `NAME.onnx`, its samples and scores into `directory`; returns the facts for the manifest. `keep` are names
+    or patterns of the twin's nodes.
 
     Raises ParityError when the file is not its twin, UnsupportedModelError when values overflow.
     """
@@ -67,7 +87,7 @@ def make_precision(
         precision,
         [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches],
         made_up=_made_up(setup),
-        keep=how.keep,
+        keep=keep,
         overflow=how.overflow,
         calibrate=how.calibrate,
         percentile=how.percentile,
@@ -110,7 +130,7 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
         variant=twin.variant,
         precision=precision,  # type: ignore[arg-type]
         twin=twin.name,
-        weight_bytes=stored_weights(bundle / twin.file, bundle / file),
+        weight_bytes=stored_weights(bundle / twin.file, bundle / file, precision),
         plan=twin.plan,
         asked=twin.asked,
         achieved=twin.achieved,
@@ -124,17 +144,20 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
     )
 
 
-def stored_weights(twin: Path, file: Path) -> int:
+def stored_weights(twin: Path, file: Path, precision: str) -> int:
     """Bytes of the tensors in `file` that hold what the twin's stored floats hold, with their scales."""
     import math
 
     import onnx
     from onnx import helper
 
-    names = {i.name for i in onnx.load(twin, load_external_data=False).graph.initializer if i.data_type == 1 and i.dims}
+    from converters.precision.stored import held_as
+
+    floats = [i for i in onnx.load(twin, load_external_data=False).graph.initializer if i.data_type == 1 and i.dims]
+    names = {name for stored in floats for name in held_as(stored.name, precision)}
     total = 0
     for stored in onnx.load(file).graph.initializer:
-        if any(stored.name.startswith(name) for name in names):
+        if stored.name in names:
             total += math.prod(stored.dims) * int(helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize)
     return total
 

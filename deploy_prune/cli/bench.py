@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,8 @@ def command(
     """Time ONNX models against each other in one process, interleaved in random order.
 
     The first file (in a bundle: its dense model) is the baseline. It is timed in two sessions; where these differ
-    measurably, the machine was too restless and the cell is marked as untrusted.
+    measurably, the machine was too restless and the cell is marked as untrusted. Models in a precision that a runtime
+    does not compute in are left out there.
     """
     from bench.environment import environment
     from bench.inputs import graph_inputs, has_sequence, make_inputs
@@ -89,6 +90,7 @@ def command(
     files = find_models(models)
     baseline = next(iter(files))
     chosen = _runtimes(runtimes, trust_code)
+    left_out = uncomputed(files, [runtime.name for runtime in chosen])
     if output is not None:
         _refuse_unwritable(output)
 
@@ -112,11 +114,15 @@ def command(
 
     reports, explained = [], []
     for runtime in chosen:
+        out = left_out.get(runtime.name, {})
+        timed = {name: file for name, file in files.items() if name not in out}
+        if out:
+            (console.note if as_json else print)(_left_out_line(runtime.name, out))
         for batch, length, inputs in cells:
             sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
-            console.note(f"{runtime.name}, {_sizes(sizes)}: {len(files)} models")
+            console.note(f"{runtime.name}, {_sizes(sizes)}: {len(timed)} models")
             report = measure(
-                files,
+                timed,
                 inputs,
                 runtime=runtime,
                 sizes=sizes,
@@ -129,7 +135,7 @@ def command(
             if not as_json:
                 show(report)
             if why:
-                found = explain(report, files, inputs, runtime, threads)
+                found = explain(report, timed, inputs, runtime, threads)
                 explained.append(found)
                 if not as_json:
                     show_reasons(found)
@@ -142,6 +148,7 @@ def command(
                 "_version": 1,
                 "environment": environment(),
                 "cells": [report.to_json() for report in reports],
+                "left_out": left_out,
                 **({"rooflines": explained} if why else {}),
             }
         )
@@ -171,6 +178,31 @@ def find_models(arguments: Sequence[str]) -> dict[str, Path]:
             remedy="Give the ONNX files themselves; the first one is the baseline.",
         )
     return {BASELINE: files.pop(BASELINE), **files}
+
+
+def uncomputed(files: Mapping[str, Path], runtimes: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Runtime -> model -> its precision, of those that the runtime does not compute in: their time would say nothing.
+
+    Raises UsageError when that is the baseline, the first of `files`; ArtifactError for a file that is not ONNX.
+    """
+    from converters.precision.formats import RUNS, runs
+    from converters.precision.given import precision_of
+
+    precisions = {name: precision_of(file) for name, file in files.items()}
+    found = {}
+    for runtime in runtimes:
+        others = {name: precision for name, precision in precisions.items() if not runs(runtime, precision)}
+        if (baseline := next(iter(files))) in others:
+            able = [other for other in RUNS if runs(other, others[baseline])]
+            raise UsageError(
+                "the baseline is in a precision that the runtime does not compute in",
+                where=baseline,
+                got=f"{others[baseline]} for {runtime}",
+                remedy=f"Give an fp32 file first, or choose a runtime that does: {', '.join(able) or 'none here'}.",
+            )
+        if others:
+            found[runtime] = others
+    return found
 
 
 def counts(option: str, text: str) -> list[int]:
@@ -312,6 +344,12 @@ def _runtimes(text: str, trust_code: bool) -> list[Runtime]:
 
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     return [get_runtime(name, trust_code=trust_code) for name in names]
+
+
+def _left_out_line(runtime: str, models: Mapping[str, str]) -> str:
+    """`ort-cpu does not compute in bf16: dense.bf16, s50.bf16 left out.`"""
+    precisions = ", ".join(dict.fromkeys(models.values()))
+    return f"{runtime} does not compute in {precisions}: {', '.join(models)} left out."
 
 
 def _refuse_unwritable(output: Path) -> None:

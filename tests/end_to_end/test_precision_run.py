@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import onnx
 import pytest
+from digits import SETTINGS
 from onnx import numpy_helper
 
 from deploy_prune.cli.main import run_command
@@ -16,13 +18,8 @@ from deploy_prune.release.bundle import finish
 from deploy_prune.release.manifest import Manifest
 from deploy_prune.release.verify import verify
 
-SETTINGS = {
-    "model": "python:deploy_prune.demo:digits_vit_untrained",
-    "search.method": "magnitude",
-    "search.options": "{}",
-    "refit.examples": "64",
-    "quality.limit": "64",
-    "family.sparsities": "[0.5]",
+QUICK = {
+    **SETTINGS,
     "precision.examples": "32",
     "precision.agreement": "{bf16: 0.5, int8-static: 0.5}",  # an untrained model is never sure
     "bench.seconds": "0.01",
@@ -30,12 +27,15 @@ SETTINGS = {
 }
 
 
+def command(out: Path, changes: dict[str, str]) -> list[str]:
+    settings = [part for key, value in {**QUICK, **changes}.items() for part in ("--set", f"{key}={value}")]
+    return ["-q", "run", "digits", *settings, "--out", str(out)]
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("precision") / "out"
-    changes = [argument for key, value in SETTINGS.items() for argument in ("--set", f"{key}={value}")]
-    also = ["--set", "precision.also=[bf16, int8-static]"]
-    assert run_command(["-q", "run", "digits", *changes, *also, "--out", str(out)]) == 0
+    assert run_command(command(out, {"precision.also": "[bf16, int8-static]"})) == 0
     return out
 
 
@@ -87,14 +87,35 @@ def test_rules_name_members_in_a_precision(bundle: Path, tmp_path: Path) -> None
 
 
 def test_predictions_that_agree_too_little_stop_the_run(tmp_path: Path) -> None:
-    changes = [argument for key, value in SETTINGS.items() for argument in ("--set", f"{key}={value}")]
-    strict = [
-        "--set",
-        "precision.also=[bf16]",
-        "--set",
-        "precision.tolerance={bf16: 1e-9}",
-        "--set",
-        "bench.enabled=false",
-    ]
-    assert run_command(["-q", "run", "digits", *changes, *strict, "--out", str(tmp_path / "out")]) == 1
+    strict = {"precision.also": "[bf16]", "precision.tolerance": "{bf16: 1e-9}", "bench.enabled": "false"}
+    assert run_command(command(tmp_path / "out", strict)) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_node_to_keep_that_no_model_has_is_refused_before_anything_is_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.precision.convert_precision", lambda *a, **k: pytest.fail("converted"))
+    asked = {"precision.also": "[bf16]", "precision.keep": "['*', gone*, away]", "bench.enabled": "false"}
+    assert run_command(command(tmp_path / "out", asked)) == 2
+    assert "no node is called 'gone*', 'away'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runtime_is_not_timed_in_a_precision_that_it_does_not_compute_in(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("--seconds", "0.001", "--threads", "1")
+    assert run_command(["bench", str(bundle), "--json", *quick]) == 0
+    out, err = capsys.readouterr()
+    (cell,) = json.loads(out)["cells"]
+    timed = [latency["name"] for latency in cell["latencies"]]
+    assert timed == ["dense", "dense (again)", "s50", "dense.int8-static", "s50.int8-static"]
+    assert json.loads(out)["left_out"] == {"ort-cpu": {"dense.bf16": "bf16", "s50.bf16": "bf16"}}
+    assert "ort-cpu does not compute in bf16: dense.bf16, s50.bf16 left out" in err
+    loose = [str(bundle / f"models/{name}.onnx") for name in ("s50.bf16", "s50")]
+    assert run_command(["bench", *loose, *quick]) == 2
+    out, err = capsys.readouterr()
+    assert "the baseline is in a precision that the runtime does not compute in" in err and out == ""
+    assert run_command(["-q", "bench", *reversed(loose), *quick]) == 0
+    assert "s50.bf16 left out" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def _kept(file: Path) -> nn.Module | None:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    if not file.is_file():
+    if not os.path.isfile(file):  # False, and no error, where it may not even be looked for
         return None
     with torch.random.fork_rng(devices=[]):
         model = digits_vit_untrained()

@@ -71,6 +71,20 @@ def test_a_cache_that_cannot_be_written_is_said_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for place in ("file", "x" * 300):  # a name so long that no file system looks for it
+        caplog.clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+        assert not digits_vit(seed=3, epochs=1).training
+        assert "cannot be kept" in caplog.text
+
+
+def test_what_is_no_file_in_the_place_of_the_kept_model_is_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    digits_vit(seed=3, epochs=1)
+    (file,) = (tmp_path / "deploy-prune" / "digits").iterdir()
+    file.unlink()
+    (file / "other").mkdir(parents=True)
     assert not digits_vit(seed=3, epochs=1).training
-    assert "cannot be kept" in caplog.text
+    assert "cannot be kept" in caplog.text and (file / "other").is_dir()

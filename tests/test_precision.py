@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -14,6 +15,7 @@ from test_parity import make_plan
 from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
 from converters.precision.given import matching
+from converters.precision.half import lower
 from converters.precision.proof import prove
 from converters.surgery import compact
 from deploy_prune.errors import ArtifactError, ParityError, UnsupportedModelError, UsageError
@@ -193,6 +195,40 @@ def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit,
             convert_precision(vit, target, precision, data, keep=["nothing*"])
     with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
         convert_precision(vit, target, "int8-dynamic", data, keep=["*"])
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_stored_value_that_any_node_reads_in_fp32_is_not_rounded_for_it(precision, tmp_path):
+    from onnx import helper
+
+    w = np.full((4, 4), 0.1, np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["low"], "low"),
+        helper.make_node("MatMul", ["x", "w"], ["kept"], "kept"),
+        helper.make_node("MatMul", ["x", "v"], ["lowest"], "lowest"),
+        helper.make_node("Cast", ["v"], ["wide"], "cast", to=onnx.TensorProto.DOUBLE),  # neither kept nor lowered
+        helper.make_node("Sum", ["low", "kept", "lowest"], ["y"], "sum"),
+    ]
+    float_, rows = onnx.TensorProto.FLOAT, ["n", 4]
+    outputs = [("y", float_, rows), ("wide", onnx.TensorProto.DOUBLE, [4, 4])]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", float_, rows)],
+        [helper.make_tensor_value_info(*output) for output in outputs],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(w, "v")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    lowered = ir.from_proto(model)
+    lower(lowered, precision, ["kept"])
+    proto = ir.to_proto(lowered)
+    onnx.checker.check_model(proto, full_check=True)
+    stored = {i.name: i for i in proto.graph.initializer}
+    read = {node.name: stored[name] for node in proto.graph.node for name in node.input if name in stored}
+    for name in ("kept", "cast"):
+        assert np.array_equal(numpy_helper.to_array(read[name]), w) and read[name].data_type == float_
+    for name in ("low", "lowest"):
+        assert not np.array_equal(numpy_helper.to_array(read[name]).astype(np.float32), w)
 
 
 def test_a_pattern_of_nodes_to_keep_counts_in_every_model_that_has_such_a_node(tmp_path):

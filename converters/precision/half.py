@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from converters.precision.given import matching
 from converters.variants import CONTRIB
-from deploy_prune.errors import UnsupportedModelError, UsageError
+from deploy_prune.errors import UnsupportedModelError
 
 LARGEST = {"fp16": 65504.0, "bf16": float.fromhex("0x1.fep127")}
 FILL = -30000.0  # exp of it is 0 in every format; half of fp16's range is left for the score added to it
@@ -86,14 +86,15 @@ class _Lowering:
         self.type, self.largest = _TYPES[precision], LARGEST[precision]
         self.opset = model.opset_imports.get("", 1)
         self.found = Lowered()
+        self.lowered: set[ir.Node] = set()
         self.low: dict[ir.Value, ir.Value] = {}
         self.high: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> Lowered:
         nodes = list(self.graph)
-        lowered = self._choose(nodes)
+        self.lowered = self._choose(nodes)
         for node in nodes:
-            if node in lowered:
+            if node in self.lowered:
                 for i, value in enumerate(node.inputs):
                     if value is not None and value.dtype == ir.DataType.FLOAT:
                         node.replace_input_with(i, self._lowered(value))
@@ -128,15 +129,8 @@ class _Lowering:
                 touched.append(node)
                 if why := self._reason(node):
                     kept[node] = why
-        for pattern in self.keep:
-            matched = [node for node in nodes if fnmatchcase(node.name or "", pattern)]
-            if not matched:
-                raise UsageError(
-                    f"no node is called {pattern!r}",
-                    where="nodes to keep in fp32",
-                    remedy="`*` stands for any text; the names are those of the fp32 file.",
-                )
-            kept |= dict.fromkeys((node for node in matched if node in touched), "asked for")
+        asked = matching(self.keep, {node.name or "" for node in nodes})
+        kept |= dict.fromkeys((node for node in touched if (node.name or "") in asked), "asked for")
         for node in reversed(touched):
             readers = [reader for value in node.outputs for reader in value.consumers()]
             reasons = {kept.get(reader) for reader in readers}
@@ -197,7 +191,7 @@ class _Lowering:
         if self._beyond(stored):
             self.found.fills.append(name)
             stored = filled(stored, self.largest)
-        if any(user.node.op_type in _SHAPES or str(user.node.name) in self.found.kept for user in value.uses()):
+        if value.is_graph_output() or any(user.node not in self.lowered for user in value.uses()):
             name += f".{self.precision}"  # others go on to read it in fp32
         else:
             del self.graph.initializers[name]

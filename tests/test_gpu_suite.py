@@ -64,6 +64,29 @@ def test_halves_have_half_the_work_at_aligned_widths() -> None:
         assert half.plan.achieved is not None and half.plan.achieved.macs <= 0.5 * half.path.costs.macs
 
 
+def test_the_page_on_gpus_is_made_from_the_results_kept_here() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert replaced(page, section(root / "bench" / "results")) == page
+
+
+def test_checks_run_again_leave_the_results_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: dict[str, Any] = {"one": lambda bench: PASSED, "two": lambda bench: PASSED}
+    monkeypatch.setattr("bench.suite.checks.CHECKS", checks)
+    run(tmp_path)
+
+    def stopped(bench: Any) -> dict[str, Any]:
+        bench.begin()["before"] = 7
+        raise ParityError("the answers differ")
+
+    checks["two"] = stopped
+    code, summary = run(tmp_path, "--check", "two")
+    assert code == 1
+    assert {name: check["state"] for name, check in summary["checks"].items()} == {"one": "passed", "two": "failed"}
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "two.json").read_text())["before"] == 7  # found before it failed
+
+
 def test_without_results_the_section_says_that_there_are_none(tmp_path: Path) -> None:
     assert section(tmp_path) == NONE
     (tmp_path / "cpu").mkdir()
@@ -87,10 +110,13 @@ def test_a_gpus_cells_become_rows(tmp_path: Path) -> None:
         {"name": name, "p50_ms": ms, "ratio": {"value": ms / 4, "low": ms / 4, "high": ms / 4}, "verdict": "faster"}
         for name, ms in (("dense", 4.0), ("half", 2.0))
     ]
+    here = {"packages": {"torch": "2.11.0"}, "gpus": [{"driver": "580"}]}
     cell = {"model": "vit-b", "batch": 8, "latencies": timed, "self_check": {"result": "failed"}}
+    cell |= {"device": "NVIDIA H100 PCIe", "environment": here}
     (folder / "family.json").write_text(json.dumps({"ceilings": {"flops": 5e13, "bytes": 2e12}, "cells": [cell]}))
     text = section(tmp_path)
-    assert "| vit-b | 8 |  | 4.00 | 2.00 | 0.50 [0.50, 0.50] | faster (untrusted) |" in text
+    assert "| vit-b | 8 |  | fp32 | 4.00 | 2.00 | 0.50 [0.50, 0.50] | faster (untrusted) |" in text
+    assert "NVIDIA H100 PCIe, driver 580, torch 2.11.0." in text
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb\n", text).count("old") == 0
     with pytest.raises(ArtifactError):
         replaced("no marks", text)

@@ -184,6 +184,28 @@ def test_squares_and_positions_stay_in_fp32_and_a_masks_fill_is_finite(tiny_llam
             assert np.isfinite(numpy_helper.to_array(stored).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize(("precision", "kept"), [("fp16", False), ("bf16", True)])
+def test_what_has_no_kernel_for_gpus_in_bf16_stays_in_fp32(precision, kept):
+    text = '<ir_version: 10, opset_import: ["" : 20]> main (float[2,8] x, float[2,8] z) => (float[2,8] y) '
+    text += "{ sum = Add(x, z)\n most = ReduceMax(sum)\n y = Sub(sum, most) }"
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    for node in model.graph:
+        node.name = node.op_type
+    assert (lower(model, precision).kept.get("ReduceMax") == "no kernel for GPUs") is kept
+
+
+def test_norm_in_fp16_is_one_node_of_the_runtime_with_the_casts_around_it(tiny_llama, tmp_path):
+    import onnxruntime
+
+    twin = written(tiny_llama, tmp_path / "m.onnx", "tiny_llama", "standard")
+    convert_precision(twin, tmp_path / "low.onnx", "fp16", given(SIGNATURES["tiny_llama"]), mask="attention_mask")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "low.onnx"), options, providers=["CPUExecutionProvider"])
+    loaded = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
+    assert loaded.count("SimplifiedLayerNormalization") == 5 and "Pow" not in loaded
+
+
 def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit, tmp_path):
     data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
     name = next(n.name for n in onnx.load(vit).graph.node if "blocks.1.mlp.fc2.weight.T" in n.input)

@@ -1,7 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU, which either computes the whole model or is refused.
 
-Written from ONNX Runtime's documentation. The refusals are tested; the timing path itself has not yet been run on
-a GPU by this project's tests.
+The refusals are tested; what runs on a GPU is checked by bench/gpu_suite.sh (docs/gpu.md).
 """
 
 from __future__ import annotations

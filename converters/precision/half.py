@@ -7,8 +7,9 @@ Inputs and outputs of the graph stay float32, and so do:
   are lowered: their standard (`stash_type`) says that they compute in float32 whatever their inputs are;
 * angles (`ANGLES`): above 2,048 fp16 holds no odd number, so positions would fall together;
 * what feeds these alone by simple arithmetic or by moving data;
-* nodes that the opset does not define for the format (bf16: Conv before opset 22), ONNX Runtime's own operators in
-  bf16, those the caller keeps, and those that read a stored value which the format cannot hold.
+* nodes that the opset does not define for the format (bf16: Conv before opset 22); in bf16 ONNX Runtime's own operators
+  and those that it has no kernel for on GPUs (`WITHOUT_BF16`);
+* nodes the caller keeps, and those that read a stored value which the format cannot hold.
 
 Softmax is lowered: runtimes subtract the largest score and add up in float32. A stored value below the format's range
 is the fill of a mask, minus infinity in effect; it becomes `FILL`, to which a score can still be added.
@@ -33,6 +34,7 @@ FILL = -30000.0  # exp of it is 0 in every format; half of fp16's range is left 
 SUMS = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "Sqrt", "Reciprocal", "CumSum")
 ANGLES = ("Sin", "Cos", "Range")
 STEEP = ("Exp", "Log", "Softplus", "ReduceLogSumExp")
+WITHOUT_BF16 = ("ReduceMax",)  # ONNX Runtime 1.31 on an H200 refuses a graph with one in bf16
 REASONS = {
     **dict.fromkeys(SUMS, "squares, sums and roots"),
     **dict.fromkeys(ANGLES, "positions"),
@@ -148,6 +150,8 @@ class _Lowering:
         """Why a node stays in fp32, by itself."""
         if node.domain == CONTRIB:
             return "an operator of ONNX Runtime" if self.precision == "bf16" else None
+        if self.precision == "bf16" and node.op_type in WITHOUT_BF16:
+            return "no kernel for GPUs"
         if node.op_type in REASONS:
             return REASONS[node.op_type]
         if node.op_type == "Div" and (divisor := node.inputs[1]) is not None and _made_by_root(divisor):

@@ -312,7 +312,7 @@ def recipe_from(data: dict[str, Any], overrides: Sequence[str] = (), *, where: s
         noun = "problem" if len(problems + unset) == 1 else "problems"
         raise RecipeError(
             f"{len(problems + unset)} {noun}",
-            where=where,
+            where=" with ".join([where, *(f"--set {setting}" for setting in overrides)]),
             problems=[*problems, *unset],
             remedy="`deploy-prune run --schema` prints every key with its meaning.",
         )

@@ -151,15 +151,42 @@ def test_progress_lines_carry_share_and_time_left(
     monkeypatch.setattr(console, "LINE_EVERY", 0.0)
     listener = console.LineProgress()
     listener.start(4, "search")
+    monkeypatch.setattr(listener, "_started", listener._started - 9)
     listener.advance(1, note="loss 0.7")
     listener.finish()
-    assert re.search(r"^search: 1/4 \(25 %\), \S+ left, loss 0\.7$", capsys.readouterr().err, re.M)
+    assert re.search(r"^search: 1/4 \(25 %\), 27\S* left, loss 0\.7$", capsys.readouterr().err, re.M)
     for steps, said in ((1, "ended at 1/4 after"), (4, "done in")):
         listener.start(4, "search")
         listener.advance(steps)
         monkeypatch.setattr(listener, "_started", listener._started - 9)
         listener.finish()
         assert f"search: {said} 9" in capsys.readouterr().err
+
+
+def test_time_left_follows_from_the_steps_of_this_run_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    listener = console.LineProgress()
+    listener.start(100, "search")
+    listener.advance(90)  # resumed
+    assert capsys.readouterr().err == "search: 90/100 (90 %)\n"
+    monkeypatch.setattr(listener, "_started", listener._started - 10)
+    listener.advance()
+    assert "search: 91/100 (91 %), 1m30s left" in capsys.readouterr().err
+
+
+def test_a_resumed_bar_counts_its_rate_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = console.BarProgress()
+    bar.start(100, "search")
+    try:
+        bar.advance(90)
+        (task,) = bar._bar.tasks
+        assert (task.completed, task.time_remaining) == (90, None)
+        bar.advance()
+        assert task.completed == 91
+    finally:
+        bar.finish()
 
 
 def test_quiet_silences_progress_and_notes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,15 @@ def test_a_text_model_is_called_by_the_names_of_its_inputs(tiny_bert: nn.Module,
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_torch_refuses_images_of_another_size(bundle: Path) -> None:
+    session = RUNTIMES["torch-cpu"].load(bundle / "models" / "s40.onnx", threads=1)
+    session.run(IMAGES)  # its function is known from here on
+    (name,) = IMAGES
+    with pytest.raises(UsageError, match="Choose a batch and sequence size") as caught:
+        session.run({name: IMAGES[name][..., :-1]})
+    assert name in str(caught.value)
+
+
 def test_a_checkpoint_of_another_model_than_the_file_is_refused(bundle: Path) -> None:
     weights = {n: torch.zeros_like(t) for n, t in torch_form(bundle / "models" / "s40.onnx").model.state_dict().items()}
     form = torch_form(bundle / "models" / "s40.onnx")

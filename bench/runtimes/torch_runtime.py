@@ -172,7 +172,7 @@ class _TorchSession(Session):
                 got=(str(error).splitlines() or [type(error).__name__])[0][:300],
                 remedy="Time it with torch-cpu or torch-cuda.",
             ) from error
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, AssertionError) as error:
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
             raise UsageError(
                 "the model does not run on these inputs",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deploy_prune.errors import UnavailableError
 
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn: enough for a CI log, not more
+AT_ONCE = 0.05  # seconds; what is told of so soon after the start was done by an earlier run: no rate follows from it
 _quiet = False
 _for_good = False
 _notes = logging.getLogger("deploy-prune")
@@ -133,23 +134,27 @@ class LineProgress:
     def __init__(self) -> None:
         self._label = ""
         self._total: int | None = None
-        self._done = 0
+        self._done = self._before = 0
         self._started = self._printed = 0.0
 
     def start(self, total: int | None, label: str) -> None:
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done, self._before = label, total, 0, 0
         self._started = self._printed = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self._done += steps
         now = time.monotonic()
+        if self._done == 0 and now - self._started < AT_ONCE:
+            self._before = steps
+        self._done += steps
         if now - self._printed < LINE_EVERY:
             return
         self._printed = now
         line = f"{self._label}: {self._done}"
         if self._total:
-            left = (now - self._started) / self._done * (self._total - self._done)
-            line += f"/{self._total} ({100 * self._done / self._total:.0f} %), {duration(left)} left"
+            line += f"/{self._total} ({100 * self._done / self._total:.0f} %)"
+            if self._done > self._before:
+                left = (now - self._started) / (self._done - self._before) * (self._total - self._done)
+                line += f", {duration(left)} left"
         print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)
 
     def finish(self) -> None:
@@ -166,6 +171,7 @@ class BarProgress:
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self._begun = 0.0
 
     def start(self, total: int | None, label: str) -> None:
         from rich.console import Console
@@ -183,11 +189,15 @@ class BarProgress:
             console=Console(stderr=True),
         )
         self._bar.start()
-        self._task = self._bar.add_task(label, total=total, note="")
+        self._task, self._begun = self._bar.add_task(label, total=total, note=""), time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, advance=steps, **({"note": note} if note else {}))
+        if self._bar is None:
+            return
+        if self._bar.tasks[0].completed == 0 and time.monotonic() - self._begun < AT_ONCE:
+            self._bar.reset(self._task, completed=steps)  # the rate counts from here
+            steps = 0
+        self._bar.update(self._task, advance=steps, **({"note": note} if note else {}))
 
     def finish(self) -> None:
         if self._bar is not None:

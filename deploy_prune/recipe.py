@@ -186,8 +186,8 @@ MAX_OPSET = 23  # the newest one tried with the exporter
 
 
 class ExportPart(Part):
-    """The ONNX files. `variant`: `standard` operators alone, with those of ONNX Runtime (`ort`), whichever the dense
-    model runs faster with (`auto`), or `plain`, as traced with every weight under its own name. `checkpoints` also
+    """The ONNX files. `variant`: `standard` operators alone, with those of ONNX Runtime (`ort`), `plain`, as traced
+    with every weight under its own name, or whichever the dense model runs fastest with (`auto`). `checkpoints` also
     stores every member as safetensors with its plan; `cache` also exports decoders with their key/value cache, into
     `decoders/NAME` of the bundle."""
 

@@ -1,8 +1,10 @@
-"""Which form of the graph a run exports: named by the recipe, or the one that ran faster on the dense model."""
+"""Which form of the graph a run exports: named by the recipe, or the one that ran fastest on the dense model."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from bench.report import LatencyReport
 
 CHOICE = "variant.json"
-CANDIDATES = ("standard", "ort")  # the first is kept unless the second is measurably faster
+DEFAULT = "standard"  # kept unless another is measurably faster
+OTHERS = ("ort", "plain")
 ORT = ("ort-cpu", "ort-cuda", "ort-cuda-graph")  # runtimes that know the operators of `ort`
 
 
@@ -40,31 +43,40 @@ def variant_stage(workspace: Workspace, setup: Setup) -> tuple[Setup, Stage | No
 def choose(setup: Setup, directory: Path) -> dict[str, Any]:
     """Export the dense model in every candidate form and time them against each other in the recipe's cells.
 
-    `{"chosen": "ort", "why": ..., "cells": [...]}`. The standard form stays where a runtime of the recipe does not know
-    the other's operators, where nothing is timed, or where the other is not faster beyond the measurement's error in
-    most cells.
+    `{"chosen": "ort", "why": ..., "cells": [...]}`. The form `ort` is no candidate where a runtime of the recipe does
+    not know its operators; where nothing is timed the standard form stays.
     """
     how = setup.recipe.bench
-    others = [name for name in how.runtimes if name not in ORT]
-    if others or not how.enabled:
-        why = f"{', '.join(others)} knows standard operators alone" if others else "nothing is timed (bench.enabled)"
-        return {"chosen": CANDIDATES[0], "why": why, "cells": []}
+    if not how.enabled:
+        return {"chosen": DEFAULT, "why": "nothing is timed (bench.enabled)", "cells": []}
+    strange = [name for name in how.runtimes if name not in ORT]
+    others = [form for form in OTHERS if form != "ort" or not strange]
     files = {}
-    for variant in CANDIDATES:
+    for variant in (DEFAULT, *others):
         files[variant] = directory / f"{variant}.onnx"
         stages.export(setup, setup.model, files[variant], variant, variant=variant)
     reports = stages.time_family(setup, files)
     for file in directory.glob("*.onnx*"):
         file.unlink()
-    chosen, why = verdict_of(reports)
+    chosen, why = verdict_of(reports, others)
+    if strange:
+        why += f"; {', '.join(strange)} knows standard operators alone"
     return {"chosen": chosen, "why": why, "cells": [report.to_json() for report in reports]}
 
 
-def verdict_of(reports: list[LatencyReport]) -> tuple[str, str]:
-    """The chosen form and why: in how many cells the second was measurably faster than the first."""
-    standard, ort = CANDIDATES
-    faster = sum(report[ort].verdict == "faster" for report in reports)
-    slower = sum(report[ort].verdict == "slower" for report in reports)
-    ratios = ", ".join(f"{report[ort].ratio.value:.3f}" for report in reports)
-    told = f"time of {ort} over {standard} by cell: {ratios}; measurably faster in {faster}, slower in {slower}"
-    return (ort if faster > slower and 2 * faster > len(reports) else standard), told
+def verdict_of(reports: Sequence[LatencyReport], others: Sequence[str]) -> tuple[str, str]:
+    """The chosen form and why: of those measurably faster than the standard one in most cells, and slower in fewer,
+    the one whose ratios have the least geometric mean."""
+    ratios = {form: [report[form].ratio.value for report in reports] for form in others}
+    told, able = [], []
+    for form in others:
+        faster = sum(report[form].verdict == "faster" for report in reports)
+        slower = sum(report[form].verdict == "slower" for report in reports)
+        told.append(
+            f"time of {form} over {DEFAULT} by cell: {', '.join(f'{ratio:.3f}' for ratio in ratios[form])}; "
+            f"measurably faster in {faster}, slower in {slower}"
+        )
+        if faster > slower and 2 * faster > len(reports):
+            able.append(form)
+    chosen = min(able, key=lambda form: math.prod(ratios[form]), default=DEFAULT)
+    return chosen, "; ".join(told)

@@ -171,7 +171,7 @@ def test_a_stopped_training_goes_on_to_the_same_delta(digits, fit, tmp_path, mon
 def test_without_a_second_phase_the_figure_is_of_the_sparse_model(digits):
     model, task = digits
     options = {"fit": "l1", "mask_epochs": 0, "epochs": 1, "examples": 100, "lr": 1e-3, "share": 0.001}
-    found = diff(model, task, **options)
+    found = diff(model, task, precision="fp32", **options)  # as the mark below
     held_out = split(task, RecoverOptions(examples=100))[1]
     mark = Judge(task, held_out, None).mark(0, lambda inputs: task.signature.call(found.model, inputs))
     assert found.after == mark.value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.samples import Samples
-from bench.stats import Ratio, Verdict, percentiles, ratio_of_medians, verdict
+from bench.stats import Ratio, Verdict, percentiles, ratio_of_medians, sound, verdict
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class LatencyReport:
 
     @property
     def trusted(self) -> bool:
-        """Whether the interval of the self-check holds 1. By the meaning of a 95 % interval, chance alone makes it
-        miss in one cell of twenty; such a cell is measured again rather than believed."""
-        return self.self_check.holds_one
+        """Whether the self-check speaks for the cell (`sound`). Chance alone makes a 95 % interval miss 1 in one cell
+        of twenty; where the estimate misses it widely, the cell is measured again rather than believed."""
+        return sound(self.self_check)
 
     def __getitem__(self, name: str) -> Latency:
         return next(latency for latency in self.latencies if latency.name == name)

@@ -43,7 +43,7 @@ def main() -> int:
                 threads=options.threads,
             )
             rounds, _, calls = report.samples.ns.shape
-            held.append(report.trusted)
+            held.append(report.self_check.holds_one)
             off.append(abs(report.self_check.value - 1))
             print(
                 f"{written(report.self_check)}  {'holds' if held[-1] else 'MISSES'} 1; {rounds} rounds of {calls}, "

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 resamples each
 LEVEL = 0.95
 _CHUNK = 4_000_000  # samples drawn at once: 32 MB of float64
+AGREES = 0.02  # how far the estimate of dense against itself may miss 1: the verdicts are widened by it
+WIDEST = 1.5  # the widest interval of it, high over low, that says anything
 Verdict = Literal["faster", "no measurable change", "slower"]
 
 
@@ -90,6 +92,13 @@ def verdict(ratio: Ratio, self_check: Ratio) -> Verdict:
     if widened.holds_one:
         return "no measurable change"
     return "faster" if widened.high < 1.0 else "slower"
+
+
+def sound(self_check: Ratio) -> bool:
+    """Whether dense against itself speaks for a measurement: no wider an interval than `WIDEST`, which holds 1 or whose
+    estimate misses it by no more than `AGREES`."""
+    near = self_check.holds_one or abs(self_check.value - 1) <= AGREES
+    return near and self_check.high <= WIDEST * self_check.low
 
 
 def written(ratio: Ratio) -> str:

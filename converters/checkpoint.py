@@ -214,7 +214,7 @@ def read_architecture(path: Path, trust_code: bool) -> Architecture:
             "loading this checkpoint would run Python code",
             where=str(path),
             got=architecture.name,
-            remedy="If you trust it, pass trust_code=True.",
+            remedy="If you trust it, pass trust_code=True; on the command line --trust-code.",
         )
     if architecture.library == "timm" and ":" in architecture.name:
         raise ArtifactError(

@@ -295,11 +295,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(source)
     data = parse(path)
     data.setdefault("name", path.stem)
-    return recipe_from(data, overrides, where=str(path))
+    return recipe_from(data, overrides, where=str(path), typed=True)
 
 
-def recipe_from(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
-    """A recipe from data in memory; overrides, environment and errors as in `load_recipe`."""
+def recipe_from(
+    data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe", typed: bool = False
+) -> Recipe:
+    """A recipe from data in memory; overrides, environment and errors as in `load_recipe`. `typed`: errors name the
+    overrides they are about, as somebody typed them."""
     problems = override(data, overrides)
     unset: list[str] = []
     recipe: Recipe | None = None
@@ -309,10 +312,11 @@ def recipe_from(data: dict[str, Any], overrides: Sequence[str] = (), *, where: s
     except ValidationError as error:
         problems += explain(error, Recipe)
     if problems:
+        blamed = [s for s in overrides if typed and any(p.startswith(s.partition("=")[0].strip()) for p in problems)]
         noun = "problem" if len(problems + unset) == 1 else "problems"
         raise RecipeError(
             f"{len(problems + unset)} {noun}",
-            where=" with ".join([where, *(f"--set {setting}" for setting in overrides)]),
+            where=" with ".join([where, *(f"--set {setting}" for setting in blamed)]),
             problems=[*problems, *unset],
             remedy="`deploy-prune run --schema` prints every key with its meaning.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ from deploy_prune.recovery.judging import Judge
 from deploy_prune.recovery.options import RecoverOptions
 from deploy_prune.saved_state import SavedState
 from deploy_prune.sources import describe_source
+
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra lora")
+LORA = pytest.param("lora", marks=needs_peft)
 
 QUICK: dict[str, Any] = {"epochs": 1, "mask_epochs": 1, "examples": 200, "share": 0.01, "lr": 1e-3, "mask_lr": 1e-3}
 REFERENCE = "python:deploy_prune.demo:digits_vit"
@@ -121,7 +125,7 @@ def test_a_fit_learns_the_task_within_its_share_and_comes_back(digits, options):
     assert set(found.delta.head) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("fit", ["bitfit", "last-layer", "full", "lora"])
+@pytest.mark.parametrize("fit", ["bitfit", "last-layer", "full", LORA])
 def test_the_fits_to_compare_with_change_what_their_name_says(digits, fit):
     model, task = digits
     found = diff(model, task, **{**QUICK, "fit": fit})
@@ -148,7 +152,7 @@ def test_the_same_seed_finds_the_same_delta(digits, tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("fit", ["l0", "l1", "lora"])
+@pytest.mark.parametrize("fit", ["l0", "l1", LORA])
 def test_a_stopped_training_goes_on_to_the_same_delta(digits, fit, tmp_path, monkeypatch):
     model, task = digits
     options = {**QUICK, "examples": 150, "batch_size": 16, "fit": fit}
@@ -178,6 +182,7 @@ def test_without_a_second_phase_the_figure_is_of_the_sparse_model(digits):
     assert found.marks["mask"][0].loss == pytest.approx(mark.loss, rel=1e-5)
 
 
+@needs_peft
 def test_adapters_take_about_as_many_numbers_as_the_delta(tiny_bert):
     adapters = adapters_of(tiny_bert, 5000)
     adapted = adapters.beside(tiny_bert)

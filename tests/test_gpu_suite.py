@@ -111,12 +111,12 @@ def test_a_gpus_cells_become_rows(tmp_path: Path) -> None:
         for name, ms in (("dense", 4.0), ("half", 2.0))
     ]
     here = {"packages": {"torch": "2.11.0"}, "gpus": [{"driver": "580"}]}
-    cell = {"model": "vit-b", "batch": 8, "latencies": timed, "self_check": {"result": "failed"}}
-    cell |= {"device": "NVIDIA H100 PCIe", "environment": here}
+    cell = {"model": "vit-b", "batch": 8, "latencies": timed, "self_check": {"value": 1.3, "low": 1.2, "high": 1.4}}
+    cell |= {"device": "NVIDIA H100 PCIe", "environment": here, "sessions": {"dense": {"version": "1.31.0"}}}
     (folder / "family.json").write_text(json.dumps({"ceilings": {"flops": 5e13, "bytes": 2e12}, "cells": [cell]}))
     text = section(tmp_path)
     assert "| vit-b | 8 |  | fp32 | 4.00 | 2.00 | 0.50 [0.50, 0.50] | faster (untrusted) |" in text
-    assert "NVIDIA H100 PCIe, driver 580, torch 2.11.0." in text
+    assert "NVIDIA H100 PCIe, driver 580, ONNX Runtime 1.31.0, torch 2.11.0." in text
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb\n", text).count("old") == 0
     with pytest.raises(ArtifactError):
         replaced("no marks", text)

@@ -56,6 +56,7 @@ def test_a_units_cost_is_what_a_model_without_it_saves(model) -> None:
 
 
 def test_a_paths_layers_are_told_at_the_asked_sparsities_and_drawn(tiny_vit, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     path = random_path(tiny_vit, signature_of("tiny_vit"))
     file, picture = tmp_path / "path.safetensors", tmp_path / "layers.png"
     path.save(file)

@@ -1,6 +1,8 @@
-"""An ONNX Runtime session that replays CUDA graphs: one is recorded for each set of bound inputs.
+"""An ONNX Runtime session that replays CUDA graphs: one is recorded for each set of bound inputs, and lives as long as
+the session.
 
 A graph reads and writes the addresses it was recorded with, so outputs are bound to memory of their exact size first.
+That a replay computes is proved once per recording: the outputs are overwritten, and must come out again.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.runtimes.base import Bound
 from bench.runtimes.ort import OrtSession
+from deploy_prune.errors import UnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
 UNRECORDED = -1  # ONNX Runtime's id of a run that neither records nor replays
+AGREES = 1e-3  # of the largest value; the kernels are the same
 
 
 class GraphSession(OrtSession):
@@ -30,6 +34,7 @@ class GraphSession(OrtSession):
         return self.bind(inputs).outputs()
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Bound:
+        import numpy as np
         import onnxruntime
 
         self._prepare(inputs)
@@ -45,6 +50,7 @@ class GraphSession(OrtSession):
             self._session.run_with_iobinding(binding, _graph(UNRECORDED))
             binding.synchronize_outputs()
             first = binding.get_outputs()
+            expected = [value.numpy() for value in first]
             places = [
                 onnxruntime.OrtValue.ortvalue_from_shape_and_type(
                     value.shape(), _element(value.data_type()), self._device, 0
@@ -57,7 +63,18 @@ class GraphSession(OrtSession):
             self._recorded += 1
             bound = _Replayed(self._session, binding, (values, places), _graph(self._recorded))
             bound()  # records
+            for place in places:
+                place.update_inplace(np.zeros_like(place.numpy()))
             bound()
+            found = bound.outputs()
+        if off := [name for name, a, b in zip(names, expected, found, strict=True) if not _close(a, b)]:
+            raise UnavailableError(
+                "a replayed CUDA graph does not compute what the model computes",
+                where=self.name,
+                problems=off,
+                expected=f"the outputs of a plain run within {AGREES:g}",
+                remedy="Time it with ort-cuda.",
+            )
         return bound
 
 
@@ -71,6 +88,13 @@ class _Replayed(Bound):
 
     def outputs(self) -> list[np.ndarray]:
         return list(self._binding.copy_outputs_to_cpu())
+
+
+def _close(expected: np.ndarray, found: np.ndarray) -> bool:
+    import numpy as np
+
+    largest = float(np.abs(expected).max(initial=0))
+    return bool(np.allclose(found, expected, rtol=0, atol=AGREES * largest, equal_nan=True))
 
 
 def _graph(number: int) -> onnxruntime.RunOptions:

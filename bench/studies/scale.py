@@ -101,10 +101,11 @@ def costs_of_7b() -> dict[str, float]:
 
 
 def search_7b(device: str, *, small: bool = False) -> dict[str, Any]:
-    """Run the default search on a model of Llama-2-7B's shape (`small`: a tiny one) with random weights on one device.
+    """Run the iterated search (`objective=task`; no basis, stages or refit) on a model of Llama-2-7B's shape
+    (`small`: a tiny one) with random weights on one device.
 
-    Weights do not matter to time or memory. Returns seconds of the setting up and of every step, the work per second,
-    and the peak of the device's memory.
+    Weights do not matter to time or memory. Returns seconds of the setting up, of all steps and of the median one, the
+    work per second, and the most memory torch had allocated on the device at once.
     """
     import time
 
@@ -122,6 +123,8 @@ def search_7b(device: str, *, small: bool = False) -> dict[str, Any]:
     tiny = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     shape = tiny | {"num_attention_heads": 4} if small else LLAMA_7B
     length, rows, steps = (16, 16, 10) if small else (LENGTH, CURVATURE, STEPS)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa", use_cache=False))

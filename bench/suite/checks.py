@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,9 @@ def recovery(bench: Bench) -> dict[str, Any]:
     cut = compact(dense, path.plan(0.6), check_weights=False)
     result = bench.begin()
     for method in ("full", "lora", "diff"):
+        if method == "lora" and find_spec("peft") is None:
+            result[method] = {"absent": "peft is not installed (extra lora)"}
+            continue
         found = recover(cut, task, teacher=dense, method=method, steps=20 if bench.small else 200)
         result[method] = {key: value for key, value in found.to_json().items() if key != "marks"}
         if not found.after > found.before:
@@ -317,7 +321,7 @@ def _cells(
 
 
 def large_search(bench: Bench) -> dict[str, Any]:
-    """The default search on a 7B model of random weights: seconds and memory of all its steps, none computed."""
+    """The iterated search on a 7B model of random weights: seconds and memory of all its steps, none computed."""
     from bench.studies.scale import search_7b
 
     return search_7b(bench.device, small=bench.small)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bench.stats import Ratio, sound
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import atomic_file, read_json
 
@@ -70,9 +71,10 @@ def _environment(found: dict[str, Any]) -> list[str]:
     for name in FAMILIES:
         for cell in found.get(name, {}).get("cells", [])[:1]:
             packages = cell["environment"]["packages"]
-            known = [p for p in ("onnxruntime-gpu", "torch", "transformers", "timm") if p in packages]
+            known = [p for p in ("torch", "transformers", "timm") if p in packages]
             drivers = {gpu["driver"] for gpu in cell["environment"]["gpus"]}
-            told = [f"{cell['device']}, driver {', '.join(drivers)}", *(f"{p} {packages[p]}" for p in known)]
+            runtime = f"ONNX Runtime {next(iter(cell['sessions'].values()))['version']}"
+            told = [f"{cell['device']}, driver {', '.join(drivers)}", runtime, *(f"{p} {packages[p]}" for p in known)]
             return [", ".join(told) + "."]
     return []
 
@@ -95,7 +97,8 @@ def _row(label: str, cell: dict[str, Any]) -> str:
     timed = {entry["name"]: entry for entry in cell["latencies"]}
     dense, half = timed["dense"], timed["half"]
     ratio = half["ratio"]
-    trusted = "" if cell["self_check"]["result"] == "passed" else " (untrusted)"
+    check = cell["self_check"]
+    trusted = "" if sound(Ratio(check["value"], check["low"], check["high"])) else " (untrusted)"
     return (
         f"| {cell['model']} | {cell['batch']} | {cell.get('sequence') or ''} | {label} | {dense['p50_ms']:.2f} | "
         f"{half['p50_ms']:.2f} | {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] | "
@@ -136,7 +139,8 @@ def _precisions(check: dict[str, Any]) -> list[str]:
 
 def _large(check: dict[str, Any]) -> list[str]:
     return [
-        f"The default search on {check['weights'] / 1e9:.1f}G random weights, {check['units']:,} units; steps of "
+        f"The iterated search (`objective=task`) on {check['weights'] / 1e9:.1f}G random weights, "
+        f"{check['units']:,} units; steps of "
         f"{check['rows per step']} windows of {check['tokens per row']} tokens, {check['micro batch']} at once: "
         f"{check['seconds setting up']:.0f} s to set up, {check['steps']} steps of {check['seconds per step']:.2f} s, "
         f"{check['FLOP per second'] / 1e12:.0f} TFLOP/s, at most {check['peak bytes'] / 1e9:.1f} GB."

@@ -74,7 +74,8 @@ def command(
     """Time ONNX models against each other in one process, interleaved in random order.
 
     The first file (in a bundle: its dense model) is the baseline. It is timed in two sessions; where these differ
-    measurably, the machine was too restless and the cell is marked as untrusted. Models in a precision that a runtime
+    measurably and by more than 2 %, or too little is known to tell, the machine was too restless and the cell is marked
+    as untrusted. Models in a precision that a runtime
     does not compute in are left out there.
     """
     from bench.environment import environment
@@ -247,7 +248,7 @@ def show(report: LatencyReport) -> None:
         print(f"Self-check passed: the baseline against itself is {check}.")
     else:
         print(
-            f"Self-check FAILED: the baseline differs from itself by {check}. Do not trust this cell: measure again, "
+            f"Self-check FAILED: the baseline against itself is {check}. Do not trust this cell: measure again, "
             "longer (--seconds) or on a quieter machine."
         )
     others = report.samples.environment.get("contention", {}).get("others_cores")

@@ -209,7 +209,8 @@ def existing(path: Path | str, what: str = "file") -> Path:
         f"no such {what}",
         where=str(path),
         got=f"nearest existing directory is {parent}",
-        remedy="Check the spelling, or give the location with --set or DEPLOY_PRUNE_DATA.",
+        remedy="Check the spelling and the directory that a relative name starts from; real data is found by "
+        "DEPLOY_PRUNE_DATA.",
     )
 
 

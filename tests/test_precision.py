@@ -14,7 +14,7 @@ from test_parity import make_plan
 
 from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
-from converters.precision.given import matching
+from converters.precision.given import matching, precision_of
 from converters.precision.half import lower
 from converters.precision.proof import prove
 from converters.surgery import compact
@@ -217,6 +217,15 @@ def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit,
             convert_precision(vit, target, precision, data, keep=["nothing*"])
     with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
         convert_precision(vit, target, "int8-dynamic", data, keep=["*"])
+
+
+def test_a_half_precision_file_of_another_tool_is_known_by_what_it_stores(vit, tmp_path):
+    converted = tmp_path / "low.onnx"
+    convert_precision(vit, converted, "fp16", given(SIGNATURES["tiny_vit"]))
+    proto = onnx.load(converted)
+    del proto.metadata_props[:]
+    onnx.save(proto, converted)
+    assert (precision_of(vit), precision_of(converted)) == ("fp32", "fp16")
 
 
 @pytest.mark.parametrize("precision", HALF)

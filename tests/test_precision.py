@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,15 +20,18 @@ from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
 from converters.precision.given import matching, precision_of
 from converters.precision.half import lower
-from converters.precision.int8 import DYNAMIC_FROM
+from converters.precision.int8 import FROM
 from converters.precision.proof import prove
 from converters.surgery import compact
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UnsupportedModelError, UsageError
 from deploy_prune.pipeline.precisions import kept_in, stored_weights
 
-OLD = version.parse(onnxruntime.__version__) < version.parse(DYNAMIC_FROM)
-needs_new = pytest.mark.skipif(OLD, reason=f"int8-dynamic needs onnxruntime {DYNAMIC_FROM}")
-DYNAMIC = pytest.param("int8-dynamic", marks=needs_new)
+ABLE = [p for p in PRECISIONS if version.parse(onnxruntime.__version__) >= version.parse(FROM.get(p, "1"))]
+INT8 = {
+    name: pytest.mark.skipif(name not in ABLE, reason=f"{name} needs onnxruntime {oldest}")
+    for name, oldest in FROM.items()
+}
+DYNAMIC, STATIC = (pytest.param(name, marks=mark) for name, mark in INT8.items())
 LAYERS = {"tiny_vit": 13, "tiny_distilbert": 14, "tiny_bert": 12}
 
 
@@ -70,7 +75,7 @@ def test_a_cut_model_in_every_precision_is_its_twin(name, request, tmp_path):
     model, signature = request.getfixturevalue(name), signature_of(name)
     small = compact(model, make_plan(model)[1])
     twin = written(small, tmp_path / "m.onnx", name)
-    for precision in (p for p in PRECISIONS if p != "int8-dynamic" or not OLD):
+    for precision in ABLE:
         target = tmp_path / f"{precision}.onnx"
         report = convert_precision(
             twin, target, precision, given(signature), made_up=[inputs_of(signature, 3, 7, 9)], limit=Limit(0.2, 0.9, 1)
@@ -129,7 +134,7 @@ def test_infinity_in_the_output_of_a_half_file_never_passes(tiny_vit, tmp_path, 
     assert not (tmp_path / "low.onnx").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp16", DYNAMIC, "int8-static"])
+@pytest.mark.parametrize("precision", ["fp16", DYNAMIC, STATIC])
 def test_swapped_heads_in_a_converted_file_are_caught(precision, vit, tmp_path):
     data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
     convert_precision(vit, target, precision, data)
@@ -161,7 +166,7 @@ def test_a_right_copy_beside_a_wrong_weight_hides_nothing(precision, vit, tmp_pa
     assert any(fault.startswith(f"{name} is off") for fault in stored_faults(vit, target, precision))
 
 
-@pytest.mark.parametrize("precision", [DYNAMIC, "int8-static"])
+@pytest.mark.parametrize("precision", [DYNAMIC, STATIC])
 def test_a_wrong_scale_of_a_weight_is_caught(precision, vit, tmp_path):
     data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"
     convert_precision(vit, target, precision, data)
@@ -226,10 +231,11 @@ def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit,
         convert_precision(vit, target, "int8-dynamic", data, keep=["*"])
 
 
-def test_dynamic_quantisation_wants_a_quantiser_that_keeps_weights_in_place(vit, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
-    with pytest.raises(UnavailableError, match=r"onnxruntime 1\.32 or newer"):
-        convert_precision(vit, tmp_path / "low.onnx", "int8-dynamic", given(SIGNATURES["tiny_vit"]))
+@pytest.mark.parametrize(("precision", "oldest"), FROM.items())
+def test_quantisation_is_refused_with_a_quantiser_that_is_known_to_fail(precision, oldest, vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(UnavailableError, match=f"onnxruntime {re.escape(oldest)} or newer"):
+        convert_precision(vit, tmp_path / "low.onnx", precision, given(SIGNATURES["tiny_vit"]))
     assert not (tmp_path / "low.onnx").exists()
 
 
@@ -292,7 +298,7 @@ def test_a_name_with_brackets_names_itself():
     assert matching(["attn[0]", "m[al]p"], ["attn[0]", "attn0", "map", "mop"]) == {"attn[0]", "map"}
 
 
-@pytest.mark.parametrize("precision", [DYNAMIC if p == "int8-dynamic" else p for p in PRECISIONS])
+@pytest.mark.parametrize("precision", ABLE)
 def test_bytes_of_weights_are_those_of_the_twins_tensors_alone(precision, vit, tmp_path):
     target = tmp_path / "low.onnx"
     convert_precision(vit, target, precision, given(SIGNATURES["tiny_vit"]))
@@ -305,7 +311,7 @@ def test_bytes_of_weights_are_those_of_the_twins_tensors_alone(precision, vit, t
     assert (0.45 if precision in HALF else 0.2) < before / stored_weights(vit, vit, "fp32") < 0.6
 
 
-@needs_new
+@INT8["int8-dynamic"]
 def test_tables_of_embeddings_are_stored_row_by_row_in_8_bits(tmp_path):
     from onnx import helper
 
@@ -333,7 +339,7 @@ def test_tables_of_embeddings_are_stored_row_by_row_in_8_bits(tmp_path):
     assert stored_faults(twin, target, "int8-dynamic")
 
 
-@needs_new
+@INT8["int8-dynamic"]
 def test_no_linear_layer_is_left_behind_silently(vit, tmp_path, monkeypatch):
     from onnxruntime import quantization
 
@@ -349,6 +355,7 @@ def test_no_linear_layer_is_left_behind_silently(vit, tmp_path, monkeypatch):
         convert_precision(vit, tmp_path / "low.onnx", "int8-dynamic", given(SIGNATURES["tiny_vit"]))
 
 
+@INT8["int8-static"]
 @pytest.mark.parametrize("calibrate", ["percentile", "entropy"])
 def test_static_ranges_may_leave_outliers_out(calibrate, vit, tmp_path, capsys):
     target = tmp_path / "low.onnx"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.stats import Ratio, percentiles, ratio_of_medians, verdict, written
+from bench.stats import Ratio, percentiles, ratio_of_medians, sound, verdict, written
 
 
 def drawn(
@@ -121,3 +121,16 @@ def test_written_ratio_has_as_many_digits_as_its_interval_deserves() -> None:
     assert written(Ratio(0.7123, 0.6, 0.8)) == "0.71 [0.60, 0.80]"
     assert written(Ratio(0.7123, 0.7113, 0.7133)) == "0.7123 [0.7113, 0.7133]"
     assert written(Ratio(1.0, 1.0, 1.0)) == "1.00 [1.00, 1.00]"
+
+
+@pytest.mark.parametrize(
+    ("self_check", "speaks"),
+    [
+        (Ratio(1.03, 0.98, 1.08), True),  # holds 1
+        (Ratio(0.998, 0.997, 0.9995), True),  # misses it by what the verdicts allow for
+        (Ratio(1.03, 1.02, 1.04), False),
+        (Ratio(2.33, 0.14, 4.31), False),  # holds 1 and says nothing
+    ],
+)
+def test_self_check_speaks_where_it_is_narrow_and_near_one(self_check: Ratio, speaks: bool) -> None:
+    assert sound(self_check) is speaks

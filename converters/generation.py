@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.onnx_session import OnnxSession
+from converters.onnx_session import Device, OnnxSession
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 from deploy_prune.files import existing_file
 
@@ -33,9 +33,10 @@ class About:
 class OnnxDecoder:
     """A file that `export_decoder` wrote: it reads new tokens on the caches that it gave back for the earlier ones."""
 
-    def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
-        """Raises UnavailableError without onnxruntime or file, ArtifactError when the file is no decoder."""
-        self._session = OnnxSession(path, threads=threads)
+    def __init__(self, path: Path | str, *, threads: int | None = None, device: Device = "cpu") -> None:
+        """Caches stay on `device`. Raises UnavailableError without onnxruntime, file or device, ArtifactError when the
+        file is no decoder."""
+        self._session = OnnxSession(path, threads=threads, device=device)
         names = [name for name, _, _ in self._session.inputs]
         said = self._session.metadata.get(METADATA)
         if names[:2] != [IDS, MASK] or said is None:

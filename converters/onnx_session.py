@@ -1,11 +1,11 @@
-"""Running an ONNX file on the CPU, plainly, to see what it computes; how fast it does is for `bench`."""
+"""Running an ONNX file, plainly, to see what it computes; how fast it does is for `bench`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deploy_prune.errors import ArtifactError, UnavailableError
 from deploy_prune.files import existing
@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+Device = Literal["cpu", "cuda"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
 class OnnxSession:
-    """One file, loaded by onnxruntime's CPU provider with its default graph optimisations: as users will run it."""
+    """One file, loaded by onnxruntime with its default graph optimisations: as users will run it."""
 
     def __init__(
         self,
@@ -23,10 +27,11 @@ class OnnxSession:
         *,
         threads: int | None = None,
         content: bytes | None = None,
+        device: Device = "cpu",
     ) -> None:
         """`content`, where given, is loaded in place of what the file at `path` holds.
 
-        Raises UnavailableError without onnxruntime or file, ArtifactError when onnxruntime refuses the model.
+        Raises UnavailableError without onnxruntime, file or device, ArtifactError when onnxruntime refuses the model.
         """
         path = existing(path, "ONNX file")
         try:
@@ -40,11 +45,22 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
         if threads is not None:
             options.intra_op_num_threads = threads
+        if device == "cuda":
+            _load_cuda(onnxruntime)
+            options.log_severity_level = 4  # why the provider does not start is told below
+        provider = _PROVIDERS[device]
         with _explained("onnxruntime cannot load the model", path):
-            self._session: Any = onnxruntime.InferenceSession(
-                content or str(path), options, providers=["CPUExecutionProvider"]
+            self._session: Any = onnxruntime.InferenceSession(content or str(path), options, providers=[provider])
+        if provider not in self._session.get_providers():
+            raise UnavailableError(
+                "onnxruntime has no GPU here",
+                where=str(path),
+                expected=provider,
+                got=f"{', '.join(onnxruntime.get_available_providers())} in onnxruntime {onnxruntime.__version__}",
+                remedy="pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]', on a machine with an NVIDIA "
+                "driver; `deploy-prune doctor` says what is missing.",
             )
-        self.path = path
+        self.path, self.device = path, device
 
     @property
     def inputs(self) -> list[tuple[str, str, list[int | str]]]:
@@ -65,18 +81,34 @@ class OnnxSession:
             return list(self._session.run(None, dict(inputs)))
 
     def run_values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every output by name as an onnxruntime value, which another call takes as input without a copy.
+        """Every output by name as an onnxruntime value on the session's device, which another call takes as input
+        without a copy.
 
-        `inputs` are such values. Raises as `run`.
+        `inputs` are such values, there or on the CPU. Raises as `run`.
         """
         with _explained("onnxruntime cannot run the model", self.path):
+            binding = self._session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, value)
             names = [output.name for output in self._session.get_outputs()]
-            return dict(zip(names, self._session.run_with_ort_values(names, dict(inputs)), strict=True))
+            for name in names:
+                binding.bind_output(name, self.device)
+            self._session.run_with_iobinding(binding)
+            return dict(zip(names, binding.get_outputs(), strict=True))
 
     @property
     def metadata(self) -> dict[str, str]:
         """The file's metadata properties."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
+
+
+def _load_cuda(onnxruntime: Any) -> None:
+    """Load CUDA and cuDNN from the pip packages that the gpu extra installs; ORT 1.21 and later offer it."""
+    import sys
+
+    if preload := getattr(onnxruntime, "preload_dlls", None):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout belongs to results
+            preload()
 
 
 @contextlib.contextmanager

@@ -202,17 +202,19 @@ def refit_output(
     Least squares over the calibration tokens (CORP, arXiv 2602.05243):
         B = Σ_PS (Σ_SS + λI)⁻¹,   W̃ = W_S + W_P B,   Δb = W_P (μ_P − B μ_S)
     with λ = `ridge` · mean diag Σ_SS. `weight` is (out, in), `kept` boolean (in,); the results, (out, kept) and (out,),
-    are float64. For a layer without bias pass `centred=False`: second moments about zero take the place of Σ and
-    Δb = 0. Raises RefitError when Σ_SS + λI is not positive definite.
+    are float64, computed where `weight` is. For a layer without bias pass `centred=False`: second moments about zero
+    take the place of Σ and Δb = 0. Raises RefitError when Σ_SS + λI is not positive definite.
     """
-    S, P = kept, ~kept
-    Σ = moments.covariance if centred else moments.second
+    W = weight.double()
+    S = kept.to(W.device)
+    P, μ = ~S, moments.mean.to(W.device)
+    none = torch.zeros(len(W), dtype=W.dtype, device=W.device)
     if not S.any():  # nothing is left to make up with but the mean
-        W = weight.double().cpu()
-        return W[:, S], W @ moments.mean if centred else torch.zeros(len(W), dtype=torch.float64)
+        return W[:, S], W @ μ if centred else none
+    Σ = (moments.covariance if centred else moments.second).to(W.device)
     Σ_SS, Σ_PS = Σ[S][:, S], Σ[P][:, S]
     λ = ridge * Σ_SS.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(Σ_SS + λ * torch.eye(len(Σ_SS), dtype=Σ.dtype))
+    factor, failed = torch.linalg.cholesky_ex(Σ_SS + λ * torch.eye(len(Σ_SS)).to(Σ))
     if failed:
         raise RefitError(
             "the kept activations' moment matrix is not positive definite",
@@ -220,10 +222,8 @@ def refit_output(
             remedy="Use more calibration examples or a larger ridge (refit.ridge).",
         )
     B = torch.cholesky_solve(Σ_PS.T, factor).T
-    W = weight.double().cpu()
     W_S, W_P = W[:, S], W[:, P]
-    μ_S, μ_P = moments.mean[S], moments.mean[P]
-    shift = W_P @ (μ_P - B @ μ_S) if centred else torch.zeros(len(W), dtype=torch.float64)
+    shift = W_P @ (μ[P] - B @ μ[S]) if centred else none
     return W_S + W_P @ B, shift
 
 

@@ -219,6 +219,18 @@ def test_norm_in_fp16_is_one_node_of_the_runtime_with_the_casts_around_it(tiny_l
     assert loaded.count("SimplifiedLayerNormalization") == 5 and "Pow" not in loaded
 
 
+@pytest.mark.parametrize("variant", ["ort", "standard"])
+def test_norm_in_bf16_is_in_fp32_with_its_scale_and_what_it_gives_is_lowered_behind(variant, tiny_llama, tmp_path):
+    twin = written(tiny_llama, tmp_path / "m.onnx", "tiny_llama", variant)
+    convert_precision(twin, tmp_path / "low.onnx", "bf16", given(SIGNATURES["tiny_llama"]), mask="attention_mask")
+    graph = ir.load(tmp_path / "low.onnx").graph
+    norms = [node for node in graph if node.op_type == "Div" and node.inputs[1].producer().op_type == "Sqrt"]
+    scales = [use.node for node in norms for use in node.outputs[0].uses()]
+    assert len(norms) == 5 and [node.op_type for node in scales] == ["Mul"] * 5
+    for node in scales:
+        assert {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}
+
+
 @INT8["int8-static"]
 def test_nodes_can_be_kept_in_fp32_by_pattern_and_an_unknown_one_is_refused(vit, tmp_path):
     data, target = given(SIGNATURES["tiny_vit"]), tmp_path / "low.onnx"

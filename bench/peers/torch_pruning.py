@@ -51,7 +51,8 @@ class Run:
         self.sites = find_sites(model)
         self.open = tuple(s for s in self.sites if s.query_heads_per_unit == 1)
         self.model = copy.deepcopy(model).eval().requires_grad_(True)
-        self.example = next(iter(task.calibration(1, limit=1, seed=seed)))
+        self.device = next(model.parameters()).device
+        self.example = next(iter(task.calibration(1, limit=1, seed=seed))).to(self.device)
         self.made: dict[int, tuple[int, float, nn.Module]] = {}
         self.squares: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
@@ -185,7 +186,8 @@ class Run:
         self.fisher = {name: s / self.rows for name, s in saved.items()}
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.task.loss(self.task.signature.call(self.model, batch.inputs).float(), batch)
+        here = batch.to(self.device)
+        return self.task.loss(self.task.signature.call(self.model, here.inputs).float(), here)
 
 
 _LINEAR: dict[str, Any] = {"target_types": [nn.Linear]}

@@ -10,8 +10,10 @@ out. A study that was stopped goes on at the row it was at; rows of other terms 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,12 @@ class Glue:
 
 
 TASKS = {
-    "SST-2": Glue("text=sentence", 3_000),
-    "MRPC": Glue("label=0&text=3&text2=4", 1_500),
+    "SST-2": Glue("text=sentence", 20_000),
+    "MRPC": Glue("label=0&text=3&text2=4"),
     "RTE": Glue("text=sentence1&text2=sentence2&labels=entailment,not_entailment"),
-    "CoLA": Glue("header=0&label=1&text=3", 3_000, metric="matthews"),
+    "CoLA": Glue("header=0&label=1&text=3", metric="matthews"),
     "STS-B": Glue(
         "header=0&score=4&text=5&text2=6",
-        3_000,
         metric="spearman",
         files=("sts-train.tsv", "sts-dev.tsv"),
         task="sentence-embedding",
@@ -77,6 +78,8 @@ FITS: dict[str, dict[str, Any]] = {
 @click.option("--share", type=float, default=0.005, show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of all fits.")
 @click.option("--tune", is_flag=True, help="Judge on the held-out part of the training data, not on the dev set.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Fits at once.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     tasks: tuple[str, ...],
@@ -87,6 +90,8 @@ def main(
     share: float,
     settings: tuple[str, ...],
     tune: bool,
+    device: str,
+    jobs: int,
     out: Path,
 ) -> None:
     from bench.environment import environment
@@ -111,35 +116,48 @@ def main(
         result = read_json(out)
         if result["terms"] != terms:
             raise UsageError("the file holds a study of other terms", where=str(out), remedy="Name another file.")
-    for task in tasks or TASKS:
-        for seed in seeds:
-            for fit in [own for own in fits or FITS if own in TASKS[task].fits()]:
-                key = f"{task}/{fit}/{seed}"
-                if key in result["rows"]:
-                    continue
-                own = {"share": share, "head_lr": HEAD_LR, "examples": examples or TASKS[task].examples}
-                row = _row(task, seed, {**own, **FITS[fit], **extra}, limit=limit, evaluate=not tune)
-                result["rows"][key] = row
-                write_json(out, result)
-                click.echo(
-                    f"{key:22} {row['value']:.4f}  held out {row['after']:.4f}  trained {row['trainable']}  "
-                    f"{row['stored_bytes'] / 2**10:.0f} KiB  {row['cpu_seconds']:.0f} s of CPU"
-                )
+    # Seed by seed and fit by fit, so that a study that is cut short has comparable rows.
+    wanted = [
+        (task, fit, seed)
+        for seed in seeds
+        for fit in fits or FITS
+        for task in tasks or TASKS
+        if fit in TASKS[task].fits() and f"{task}/{fit}/{seed}" not in result["rows"]
+    ]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        made = {}
+        for task, fit, seed in wanted:
+            own = {"share": share, "head_lr": HEAD_LR, "examples": examples or TASKS[task].examples}
+            options = {**own, **FITS[fit], **extra}
+            future = pool.submit(_row, task, seed, options, limit=limit, evaluate=not tune, device=device)
+            made[future] = f"{task}/{fit}/{seed}"
+        for future in as_completed(made):
+            key, row = made[future], future.result()
+            result["rows"][key] = row
+            write_json(out, result)
+            click.echo(
+                f"{key:22} {row['value']:.4f}  held out {row['after']:.4f}  trained {row['trainable']}  "
+                f"{row['stored_bytes'] / 2**10:.0f} KiB  {row['seconds']:.0f} s"
+            )
 
 
-def _row(name: str, seed: int, options: dict[str, Any], *, limit: int | None, evaluate: bool) -> dict[str, Any]:
+def _row(
+    name: str, seed: int, options: dict[str, Any], *, limit: int | None, evaluate: bool, device: str
+) -> dict[str, Any]:
     """One fit of one task with one seed."""
     import tempfile
 
     from deploy_prune.cli.diff import judged
     from deploy_prune.delta import diff
+    from deploy_prune.pipeline.setup import choose_device
     from deploy_prune.sources import load_model
     from deploy_prune.tasks import load_task
 
     glue = TASKS[name]
     train, dev = (f"tsv:{os.environ['DEPLOY_PRUNE_DATA']}/glue/{name}/{file}?{glue.columns}" for file in glue.files)
     model = BASE + glue.head
-    base = load_model(model)
+    place = choose_device(device)
+    base = load_model(model).to(place)
     task = load_task(glue.task, model=base, model_ref=model, calibration=train, evaluation=dev, metric=glue.metric)
     began, cpu = time.monotonic(), time.process_time()
     found = diff(base, task, seed=seed, **options)
@@ -161,6 +179,7 @@ def _row(name: str, seed: int, options: dict[str, Any], *, limit: int | None, ev
         "sizes": sizes,
         "file_bytes": size,
         "stored_bytes": stored,
+        "device": place.type,
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.setup import Setup
     from deploy_prune.refitting import Moments
+    from deploy_prune.tasks import Batch
 
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 
@@ -45,7 +46,7 @@ TERMS = {
     "vit-tiny-imagenet": Terms(1000, 32),
     "distilbert-sst2": Terms(2048, 32),
     "minilm-stsb": Terms(2048, 32),
-    "smollm2-wikitext": Terms(32, 2, 16),
+    "smollm2-wikitext": Terms(128, 8, 128),
 }
 
 
@@ -131,7 +132,8 @@ class Race:
 
         if setup.recipe.diff.enabled:
             raise UsageError("a race is of the recipe's own model", where="recipe key diff", remedy="Leave diff out.")
-        example = next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed)))
+        setup.model.to(setup.device)
+        example = one_example(setup)
         costs = CostModel.measure(setup.model, setup.sites, setup.task.signature, example.inputs)
         prunable = costs.prunable(setup.sites)
         head = {
@@ -206,8 +208,9 @@ class Race:
         task = self.setup.task
 
         def predict(inputs: dict[str, Tensor]) -> Tensor:
-            return task.signature.call(model, inputs)
+            return task.signature.call(model, {name: t.to(self.setup.device) for name, t in inputs.items()})
 
+        model.to(self.setup.device)
         try:
             quality = task.evaluate(predict, limit=self.terms.limit)
         except GateError as error:
@@ -300,9 +303,8 @@ class Race:
         except OutOfReach as error:
             return str(error)
         model = made.model
-        example = next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed)))
         facts = {
-            "macs": count_macs(model, setup.task.signature, example.inputs),
+            "macs": count_macs(model, setup.task.signature, one_example(setup).inputs),
             "settings": {key: str(value) for key, value in made.settings.items()},
         }
         if form == "refit":
@@ -310,6 +312,11 @@ class Race:
             fitted = refit(setup.model, plan, self.moments(ours=True), ridge=setup.recipe.refit.ridge)
             model = compact(fitted, plan, inplace=True, check_weights=False)
         return model, facts
+
+
+def one_example(setup: Setup) -> Batch:
+    """A calibration example where the model is."""
+    return next(iter(setup.task.calibration(1, limit=1, seed=setup.recipe.seed))).to(setup.device)
 
 
 def identity_of(setup: Setup, terms: Terms) -> str:

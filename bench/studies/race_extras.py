@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,12 @@ def time_best(race: Race, count: int, seconds: float = 3.0) -> None:
             continue
         with tempfile.TemporaryDirectory(prefix="race-") as place:
             files = {DENSE: Path(place) / "dense.onnx"}
-            export_onnx(race.setup.model, files[DENSE], signature)
+            export_onnx(copy.deepcopy(race.setup.model).cpu(), files[DENSE], signature)
             for row in rows:
                 made = race.member(contestants()[row["contestant"]], _form(row), asked)
                 assert isinstance(made, tuple)
                 files[row["contestant"]] = Path(place) / f"{row['contestant']}.onnx"
-                export_onnx(made[0], files[row["contestant"]], signature)
+                export_onnx(made[0].cpu(), files[row["contestant"]], signature)
             specs = graph_inputs(files[DENSE])
             length = 128 if has_sequence(specs) else None
             sizes = {"batch": 1} | ({} if length is None else {"sequence": length})

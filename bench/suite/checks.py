@@ -3,66 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bench.suite.files import FORMS, OPSET, Files
-from bench.suite.models import Member, Subject, half_of, subjects
+from bench.suite.base import Bench, all_well, close
+from bench.suite.decoders import decoders
+from bench.suite.files import FORMS, OPSET
+from bench.suite.methods import every_method
+from bench.suite.models import subjects
 from deploy_prune.errors import DeployPruneError, ParityError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
 SESSIONS = 2
-ERROR = {"fp32": 2e-4, "refit": 1e-2, "tf32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}  # of the largest output
-
-
-@dataclass
-class Bench:
-    """What the checks share: where they run, and the models and files made so far."""
-
-    small: bool
-    device: str
-    runtime: str
-    directory: Path
-    seconds: float
-    members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def begin(self) -> dict[str, Any]:
-        """A check's results, which are kept also when it fails later."""
-        self.found = {}
-        return self.found
-
-    @property
-    def align(self) -> int:
-        return 8 if self.small else 64
-
-    def subject(self, name: str) -> tuple[Subject, nn.Module, Member]:
-        """A model and its half, made once."""
-        if name not in self.members:
-            subject = next(s for s in subjects(self.small) if s.name == name)
-            dense = subject.build()
-            self.members[name] = (subject, dense, half_of(dense, subject.signature, self.align))
-        return self.members[name]
-
-    @property
-    def graphs(self) -> str:
-        """The runtime that replays CUDA graphs; without a GPU the plain one again."""
-        return self.runtime if self.small else f"{self.runtime}-graph"
-
-    @cached_property
-    def files(self) -> Files:
-        """Being made from the first time they are asked for."""
-        return Files(self.small, self.align, self.directory)
-
-    def close(self) -> None:
-        if "files" in self.__dict__:
-            self.files.close()
 
 
 def search_and_refit(bench: Bench) -> dict[str, Any]:
@@ -99,7 +51,7 @@ def search_and_refit(bench: Bench) -> dict[str, Any]:
     result = bench.begin()
     result |= {"device": bench.device, "units shared with the CPU's plan": shared}
     if plan.keep == cpu_plan.keep:  # bases turn with rounding, so the functions are compared, not the weights
-        result["refitted outputs off by"] = _close(own, cpu, "refit", "digits")
+        result["refitted outputs off by"] = close(own, cpu, "refit", "digits")
     return result
 
 
@@ -151,12 +103,12 @@ def parity(bench: Bench) -> dict[str, Any]:
             own = subject.signature.call(there, {n: t.to(bench.device) for n, t in inputs.items()}).cpu().numpy()
             half.model.cpu()
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        result[subject.name] = {f"torch on {bench.device}": _close(own, expected, "fp32", subject.name)}
+        result[subject.name] = {f"torch on {bench.device}": close(own, expected, "fp32", subject.name)}
         for runtime in dict.fromkeys((bench.runtime, bench.graphs)):
             session = get_runtime(runtime).load(bench.files[subject.name, "half", "fp32"])
             result[subject.name] |= {
-                runtime: _close(session.run(arrays)[0], expected, "tf32", subject.name),
-                f"{runtime} again": _close(session.bind(arrays).outputs()[0], expected, "tf32", subject.name),
+                runtime: close(session.run(arrays)[0], expected, "tf32", subject.name),
+                f"{runtime} again": close(session.bind(arrays).outputs()[0], expected, "tf32", subject.name),
                 f"{runtime} placement": session.describe().get("placement"),
             }
     return result
@@ -181,14 +133,14 @@ def half_precision(bench: Bench) -> dict[str, Any]:
             lower = bench.files[subject.name, "half", precision]
             try:
                 answer = runtime.load(lower).run(inputs)[0]
-                errors[precision] = _close(answer, expected, precision, subject.name)
+                errors[precision] = close(answer, expected, precision, subject.name)
                 files[precision] = lower
             except DeployPruneError as failure:
                 errors[precision] = str(failure)
                 failed.append(f"{subject.name} in {precision}")
         report = measure(files, inputs, runtime=runtime, seconds=bench.seconds, sessions=SESSIONS)
         result[subject.name] = {"errors": errors, "cell": report.to_json()}
-    _all_well(failed)
+    all_well(failed)
     return result
 
 
@@ -231,12 +183,12 @@ def runtimes(bench: Bench) -> dict[str, Any]:
             session = runtime.load(file)
             bound = session.bind(inputs)
             bound()
-            error = _close(bound.outputs()[0], expected, "tf32", runtime.name)
+            error = close(bound.outputs()[0], expected, "tf32", runtime.name)
             result[runtime.name] = {"error": error, "session": session.describe()}
         except DeployPruneError as failure:
             result[runtime.name] = {"failed": str(failure)}
             failed.append(runtime.name)
-    _all_well(failed)
+    all_well(failed)
     return result
 
 
@@ -329,9 +281,11 @@ def large_search(bench: Bench) -> dict[str, Any]:
 
 CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "search": search_and_refit,
+    "methods": every_method,
     "recovery": recovery,
     "large": large_search,
     "parity": parity,
+    "decoders": decoders,
     "runtimes": runtimes,
     "family": family,
     "family-fp16": family_fp16,
@@ -340,17 +294,3 @@ CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "variants": variants,
     "table": table,
 }
-
-
-def _all_well(failed: list[str]) -> None:
-    if failed:
-        raise ParityError("some do not run as they should", problems=failed, remedy="The results say why.")
-
-
-def _close(own: np.ndarray, expected: np.ndarray, kind: str, where: str) -> float:
-    import numpy as np
-
-    off = float(np.abs(own.astype(np.float64) - expected).max() / max(1e-9, float(np.abs(expected).max())))
-    if not off <= ERROR[kind]:
-        raise ParityError("the answers differ", where=where, expected=f"within {ERROR[kind]:g}", got=f"{off:.2e}")
-    return off

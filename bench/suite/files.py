@@ -26,7 +26,7 @@ class Files:
     def __init__(self, small: bool, align: int, directory: Path) -> None:
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
         # Fresh processes: a fork would share the parent's CUDA state, which breaks.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _hide_gpu)
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), hide_gpu)
         self._made: dict[tuple[str, str], Future[Mapping[str, Path]]] = {}
         names = [subject.name for subject in subjects(small)]
         for name in reversed(names):  # the slowest first
@@ -48,7 +48,7 @@ class Files:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _hide_gpu() -> None:
+def hide_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -7,8 +7,9 @@ Inputs and outputs of the graph stay float32, and so do:
   are lowered: their standard (`stash_type`) says that they compute in float32 whatever their inputs are;
 * angles (`ANGLES`): above 2,048 fp16 holds no odd number, so positions would fall together;
 * what feeds these alone by simple arithmetic or by moving data;
-* nodes that the opset does not define for the format (bf16: Conv before opset 22); in bf16 ONNX Runtime's own operators
-  and those that it has no kernel for on GPUs (`WITHOUT_BF16`);
+* nodes that the opset does not define for the format (bf16: Conv before opset 22); in bf16 ONNX Runtime's own
+  operators, those that it has no kernel for on GPUs (`WITHOUT_BF16`), and the scale of an RMS norm, which it fuses with
+  the norm to one that reads fp32 and writes bf16, and has no kernel for either;
 * nodes the caller keeps, and those that read a stored value which the format cannot hold.
 
 Softmax is lowered: runtimes subtract the largest score and add up in float32. A stored value below the format's range
@@ -152,9 +153,11 @@ class _Lowering:
             return "an operator of ONNX Runtime" if self.precision == "bf16" else None
         if self.precision == "bf16" and node.op_type in WITHOUT_BF16:
             return "no kernel for GPUs"
+        if self.precision == "bf16" and node.op_type == "Mul" and any(_normed(value) for value in node.inputs):
+            return "the scale of a norm"
         if node.op_type in REASONS:
             return REASONS[node.op_type]
-        if node.op_type == "Div" and (divisor := node.inputs[1]) is not None and _made_by_root(divisor):
+        if _divides_by_root(node):
             return REASONS["Sqrt"]  # as one norm in fp32, which runtimes fuse with the casts around it
         if not self._defined(node):
             return f"not defined for {self.precision} in opset {self.opset}"
@@ -248,9 +251,14 @@ def _is_float(value: ir.Value, node: ir.Node) -> bool:
     )
 
 
-def _made_by_root(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type == "Sqrt"
+def _divides_by_root(node: ir.Node) -> bool:
+    divisor = node.inputs[1].producer() if node.op_type == "Div" and node.inputs[1] is not None else None
+    return divisor is not None and divisor.op_type == "Sqrt"
+
+
+def _normed(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and _divides_by_root(producer)
 
 
 def _stored(value: ir.Value | None) -> np.ndarray | None:

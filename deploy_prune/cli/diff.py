@@ -101,7 +101,7 @@ def judged(model: nn.Module, task: Task, limit: int | None = None) -> dict[str, 
     place = next(model.parameters()).device
 
     def predict(inputs: dict[str, Tensor]) -> Tensor:
-        return task.signature.call(model, {n: t.to(place) for n, t in inputs.items()}).cpu()
+        return task.signature.call(model, {n: t.to(place) for n, t in inputs.items()})
 
     quality: dict[str, Any] = task.evaluate(predict, limit=limit).to_json()
     return quality

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,6 +21,9 @@ from deploy_prune.files import existing, sha256_file
 @click.option("--no-stop", is_flag=True, help="Go on after the token that ends a text.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json  [default: beside the graph]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of onnxruntime.  [default: its own choice]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where onnxruntime computes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     thing: Path,
@@ -29,6 +33,7 @@ def command(
     no_stop: bool,
     tokenizer: Path | None,
     threads: int | None,
+    device: Literal["cpu", "cuda"],
     as_json: bool,
 ) -> None:
     """Write on greedily from every prompt. THING is a bundle made with `export.cache: true`, one of its decoders/NAME
@@ -38,7 +43,7 @@ def command(
 
     file = _graph(thing, member)
     text = Text(tokenizer or file.parent / "tokenizer.json")
-    decoder = OnnxDecoder(file, threads=threads)
+    decoder = OnnxDecoder(file, threads=threads, device=device)
     given = [text.ids(prompt) for prompt in prompts]
     started = time.monotonic()
     made = generate(decoder, given, tokens, stop=() if no_stop else None)

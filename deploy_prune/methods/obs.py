@@ -35,8 +35,8 @@ def obs(context: Context, _: NoOptions) -> Importance:
         else:
             layer = layer_at(context.model, site.out)
             own = moments.out[site.name]
-            W = whole(matrix(layer)).double().cpu()
-            lanes = [(W, own.second if bias_of(layer) is None else own.covariance)]
+            W = whole(matrix(layer)).double()
+            lanes = [(W, (own.second if bias_of(layer) is None else own.covariance).to(W.device))]
             tables = [torch.from_numpy(site.gate_slice(kind).table(site.lanes(kind), site.counts[kind]))]
         total = sum(float(((W @ H) * W).sum()) for W, H in lanes)
         costs = [removal_costs(W, H, table) for (W, H), table in zip(lanes, tables, strict=True)]
@@ -47,20 +47,20 @@ def obs(context: Context, _: NoOptions) -> Importance:
 def removal_costs(W: Tensor, H: Tensor, table: Tensor, rounds: int = ROUNDS, damping: float = DAMPING) -> Tensor:
     """What every unit costs when it leaves, (units,), rising in the order of leaving.
 
-    Unit u owns the columns S = table[u] of W (out, in); H is (in, in), and `damping` of its mean diagonal is added. In
-    each round the units of least
+    Unit u owns the columns S = table[u] of W (out, in); H, beside it, is (in, in), and `damping` of its mean diagonal
+    is added. In each round the units of least
         tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)
     leave; the others make up, W ← W − W_S (H⁻¹_SS)⁻¹ H⁻¹_S:, and H⁻¹ ← H⁻¹ − H⁻¹_:S (H⁻¹_SS)⁻¹ H⁻¹_S: forgets them
     (Optimal Brain Surgeon; Hassibi and Stork, 1993). With up to `rounds` units one leaves at a time.
     """
     λ = damping * H.diagonal().mean().clamp(min=1e-30)
-    factor, failed = torch.linalg.cholesky_ex(H + λ * torch.eye(len(H), dtype=H.dtype))
+    factor, failed = torch.linalg.cholesky_ex(H + λ * torch.eye(len(H)).to(H))
     if failed:
         raise RefitError("the activations' moments are not positive definite", remedy="Use more calibration examples.")
     inverse = torch.cholesky_inverse(factor)
-    W = W.clone()
-    alive = torch.ones(len(table), dtype=torch.bool)
-    costs = torch.zeros(len(table), dtype=torch.float64)
+    W, table = W.clone(), table.to(W.device)
+    alive = torch.ones(len(table), dtype=torch.bool, device=W.device)
+    costs = torch.zeros(len(table), dtype=torch.float64, device=W.device)
     floor = 0.0
     each = -(-len(table) // rounds)
     while alive.any():

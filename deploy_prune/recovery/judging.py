@@ -34,11 +34,12 @@ class Judge:
                 yield batch
 
         def predict(inputs: dict[str, Tensor]) -> Tensor:
-            output, (batch,) = forward(inputs).cpu(), current
+            output, (batch,) = forward(inputs), current
+            here = batch.to(output.device)
             if batch.target is not None:
-                losses.append(self.task.loss(output, batch))
+                losses.append(self.task.loss(output, here))
             elif self.dense is not None:
-                losses.append(self.task.distance(output, self.dense(inputs).cpu(), batch))
+                losses.append(self.task.distance(output, self.dense(inputs), here))
             return output
 
         quality = self.task.evaluate(predict, batches=stream(), reference=self.dense)

@@ -184,12 +184,12 @@ class Task(ABC):
             else track(batches, progress, f"judge {self.metric}")
         )
         for batch in stream:
-            output = self._output(predict, batch)
+            output, here = self._output(predict, batch)
             if self.metric != AGREEMENT:
-                parts.append(self._score(output, batch))
+                parts.append(self._score(output, here))
                 continue
             if callable(reference):
-                expected = self.answers(self._output(reference, batch), batch)
+                expected = self.answers(*self._output(reference, batch))
             else:
                 assert reference is not None
                 expected = reference[done : done + len(batch)]
@@ -200,7 +200,7 @@ class Task(ABC):
                         got=str(len(reference)),
                         remedy="Make it with reference_answers at the same limit.",
                     )
-            parts.append(self._agree(self.answers(output, batch), expected, batch))
+            parts.append(self._agree(self.answers(output, here), expected, batch))
         rows = np.concatenate(parts).astype(np.float64)
         value, interval, detail = self._summarise(rows)
         return Quality(self.metric, value, len(rows), interval, self.higher_is_better, rows, detail)
@@ -216,7 +216,7 @@ class Task(ABC):
         import numpy as np
 
         stream = self._evaluation_with_progress(batch_size, limit, progress, "reference answers")
-        return np.concatenate([self.answers(self._output(predict, batch), batch) for batch in stream])
+        return np.concatenate([self.answers(*self._output(predict, batch)) for batch in stream])
 
     def _evaluation_with_progress(
         self, batch_size: int | None, limit: int | None, progress: Progress | None, label: str
@@ -225,19 +225,20 @@ class Task(ABC):
         total = min(self.evaluation_size, limit or self.evaluation_size)
         return track(self.evaluation(size, limit), progress, label, -(-total // size))
 
-    def _output(self, predict: Predict, batch: Batch) -> Tensor:
+    def _output(self, predict: Predict, batch: Batch) -> tuple[Tensor, Batch]:
+        """The output where `predict` left it, and the batch there: the logits of a language model are large."""
         import torch
 
         with torch.no_grad():
             raw = predict(batch.inputs)
-        output = torch.as_tensor(raw).detach().float().cpu()
+        output = torch.as_tensor(raw).detach().float()
         if not torch.isfinite(output).all():
             raise GateError(
                 f"the model's output is not finite on the evaluation data of {self.name}",
                 got=f"{int((~torch.isfinite(output)).sum())} of {output.numel()} values",
                 remedy="It overflowed or was damaged: compare precision fp32, or another sparsity.",
             )
-        return output
+        return output, batch.to(output.device)
 
     def _evaluation_examples(self) -> Examples:
         if self.evaluation_data is None:

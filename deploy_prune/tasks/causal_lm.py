@@ -127,13 +127,13 @@ class CausalLM(Task):
         return (divergence(output, reference) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
     def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.argmax(-1).int().numpy()
+        return output.argmax(-1).int().cpu().numpy()
 
     def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
         import torch
 
         total, count = _negative_log_likelihood(output, require_target(batch, self))
-        return torch.stack([total, count], dim=1).double().numpy()
+        return torch.stack([total, count], dim=1).double().cpu().numpy()
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         import numpy as np

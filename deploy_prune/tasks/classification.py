@@ -29,10 +29,10 @@ class Classification(Task):
         return divergence(output, reference)
 
     def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.argmax(-1).numpy()
+        return output.argmax(-1).cpu().numpy()
 
     def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return (output.argmax(-1) == require_target(batch, self)).double().numpy()
+        return (output.argmax(-1) == require_target(batch, self)).double().cpu().numpy()
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         return (answers == reference).astype(float)

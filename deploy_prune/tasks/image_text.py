@@ -139,14 +139,14 @@ class ImageText(Task):
         return found if self.metric == AGREEMENT else replace(found, per_example=_hits(found.per_example)[0])
 
     def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.flatten(1).numpy()
+        return output.flatten(1).cpu().numpy()
 
     def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
         """(pairs, 1 + 2·width): which image it is, its embedding, the caption's."""
         import torch
 
         own = require_target(batch, self)
-        return torch.cat([own[:, None].double(), output.flatten(1).double()], 1).numpy()
+        return torch.cat([own[:, None].double(), output.flatten(1).double()], 1).cpu().numpy()
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         """The mean cosine of the two embeddings to the dense ones."""

@@ -82,7 +82,7 @@ class LabeledTexts(Classification):
 
         if self.metric not in TOGETHER:
             return super()._score(output, batch)
-        return np.stack([output.argmax(-1).numpy(), require_target(batch, self).numpy()], axis=1)
+        return np.stack([output.argmax(-1).cpu().numpy(), require_target(batch, self).cpu().numpy()], axis=1)
 
     def _summarise(self, rows: np.ndarray) -> tuple[float, tuple[float, float], dict[str, Any]]:
         if self.metric not in TOGETHER:

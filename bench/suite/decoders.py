@@ -1,0 +1,106 @@
+"""Decoders with their key/value cache on the device: what they compute and write, and how fast they write."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.suite.base import ERROR, Bench, close
+from bench.suite.files import OPSET, hide_gpu
+from bench.suite.models import half_of, subjects
+from deploy_prune.errors import ParityError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from converters.generation import OnnxDecoder
+
+MODEL = "smollm2-135m"
+FORMS = ("dense", "half")
+PROMPT = 16
+CHUNKS = (9, 1, 1, 5)  # of the prompt, each read on the cache of the earlier
+
+
+def decoders(bench: Bench) -> dict[str, Any]:
+    """The dense decoder and its half read a text in pieces as torch reads it whole, and every token that they write is
+    the likeliest by torch, up to rounding. Tokens a second are of greedy decoding at batch 1."""
+    import numpy as np
+
+    from converters.decoder_parity import whole_logits
+    from converters.generation import OnnxDecoder, generate, replay
+
+    models: dict[str, nn.Module] = {}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), hide_gpu) as pool:  # an export takes minutes
+        made = {name: pool.submit(export, bench.small, bench.align, name, bench.directory) for name in FORMS}
+        subject, models["dense"], half = bench.subject(MODEL)
+        models["half"] = half.model
+        files = {name: future.result() for name, future in made.items()}
+    tokens = 16 if bench.small else 128
+    result = bench.begin()
+    for name, model in models.items():
+        decoder = OnnxDecoder(files[name], device="cpu" if bench.small else "cuda")
+        prompt = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=5)["input_ids"].numpy()
+        mask = np.ones_like(prompt)
+        expected = whole_logits(model, *_tensors(prompt, mask))
+        off = close(replay(decoder, prompt, mask, CHUNKS), expected, "tf32", name)
+        seconds, written = _timed(decoder, generate, prompt[0].tolist(), tokens)
+        result[name] = {
+            "logits off by": off,
+            "written off by": _likely(model, [*prompt[0].tolist(), *written], tokens),
+            "tokens": tokens,
+            "tokens a second": tokens / seconds,
+        }
+    return result
+
+
+def export(small: bool, align: int, form: str, directory: Path) -> Path:
+    """The ONNX file of the dense decoder or of its half."""
+    from converters.decoder_export import export_decoder
+
+    subject = next(subject for subject in subjects(small) if subject.name == MODEL)
+    model = subject.build()
+    if form == "half":
+        model = half_of(model, subject.signature, align).model
+    folder = directory / "decoders" / form
+    folder.parent.mkdir(exist_ok=True)
+    export_decoder(model, folder, opset=OPSET, variant="ort")
+    return folder / "model.onnx"
+
+
+def _timed(decoder: OnnxDecoder, generate: Any, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """Seconds of the fastest of three runs after one that warms up, and what it wrote."""
+    made = generate(decoder, [prompt], tokens, stop=())
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        made = generate(decoder, [prompt], tokens, stop=())
+        best = min(best, time.perf_counter() - began)
+    return best, made[0]
+
+
+def _likely(model: nn.Module, text: list[int], tokens: int) -> float:
+    """How far below torch's likeliest token the written ones lie at most, as a share of the largest logit. Raises
+    ParityError where that is more than rounding."""
+    import numpy as np
+
+    from converters.decoder_parity import whole_logits
+
+    ids = np.array([text], np.int64)
+    logits = whole_logits(model, *_tensors(ids, np.ones_like(ids)))[0, len(text) - tokens - 1 : -1]
+    chosen = np.take_along_axis(logits, ids[0, -tokens:, None], axis=1)[:, 0]
+    below = float((logits.max(1) - chosen).max() / np.abs(logits).max())
+    if not below <= 2 * ERROR["tf32"]:
+        raise ParityError(
+            "a decoder writes other tokens than torch", expected=f"{2 * ERROR['tf32']:g}", got=f"{below:.2e}"
+        )
+    return below
+
+
+def _tensors(*arrays: np.ndarray) -> list[Any]:
+    import torch
+
+    return [torch.from_numpy(array) for array in arrays]

@@ -150,9 +150,10 @@ class Race:
             "macs": costs.macs,
             "peers": {},
             "not_supported": {},
-            "environment": environment(),
+            "environments": {},
         }
         race = Race(setup, terms, sparsities, work, RaceResult.open(out, head, fresh=fresh), costs.params, prunable)
+        race.result.head["environments"][setup.device.type] = environment()
         if not race.result.rows:
             facts = {"macs": costs.macs, "units": {}}
             race.judge(setup.model, {"contestant": DENSE, "form": DENSE, "asked": 0.0, **facts})
@@ -217,7 +218,8 @@ class Race:
             self.result.add({**row, "error": str(error).splitlines()[0]})
             return
         params = count_params(model)
-        row = {**row, "params": params, "sparsity": (self.dense_params - params) / self.prunable, **quality.to_json()}
+        sparsity = (self.dense_params - params) / self.prunable
+        row |= {"params": params, "sparsity": sparsity, "device": self.setup.device.type, **quality.to_json()}
         self.result.add(row, quality.per_example)
         click.echo(
             f"{row['contestant']:12} {row['form']:9} {row['asked']:4.0%}  params {params / self.dense_params:6.1%}  "

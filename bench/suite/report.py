@@ -61,7 +61,14 @@ def _device(folder: Path, summary: dict[str, Any]) -> str:
         f"| {name} | {check['state']} | {_line(found.get(name, {}).get('error', ''))} |"
         for name, check in summary["checks"].items()
     ]
-    for part in (_families(found), _forms(found.get("variants", {})), _precisions(found.get("fp16", {}))):
+    parts = (
+        _families(found),
+        _forms(found.get("variants", {})),
+        _precisions(found.get("fp16", {})),
+        _runtimes(found.get("runtimes", {})),
+        _decoders(found.get("decoders", {})),
+    )
+    for part in parts:
         lines += ["", *part] if part else []
     lines += ["", *_large(found["large"])] if "weights" in found.get("large", {}) else []
     return "\n".join([*lines, ""])
@@ -135,6 +142,29 @@ def _precisions(check: dict[str, Any]) -> list[str]:
             time = f"{timed[precision]:.2f} ({timed['fp32']:.2f})" if precision in timed else ""
             lines.append(f"| {name} | {precision} | {told} | {time} |")
     return lines
+
+
+def _runtimes(check: dict[str, Any]) -> list[str]:
+    told = {name: entry for name, entry in check.items() if isinstance(entry, dict) and {"absent", "error"} & {*entry}}
+    if not told:
+        return []
+    lines = ["| ViT-B cut to half, runtime | error against the CPU's answer | s to build |", "|---|---|---|"]
+    for name, entry in told.items():
+        if "absent" in entry:
+            lines.append(f"| {name} | {_line('not there: ' + entry['absent'])} | |")
+        else:
+            lines.append(f"| {name} | {entry['error']:.1e} | {entry['session']['build_seconds']:.1f} |")
+    return lines
+
+
+def _decoders(check: dict[str, Any]) -> list[str]:
+    told = {name: entry for name, entry in check.items() if isinstance(entry, dict) and "tokens a second" in entry}
+    if not told:
+        return []
+    lines = ["| decoder with cache, fp32 | logits against torch's | tokens a second, batch 1 |", "|---|---|---|"]
+    for name, entry in told.items():
+        lines.append(f"| {name} | {entry['logits off by']:.1e} | {entry['tokens a second']:.0f} |")
+    return [*lines, "", f"Load of the machine as that check began: {check['environment']['load_average'][0]:.1f}."]
 
 
 def _large(check: dict[str, Any]) -> list[str]:

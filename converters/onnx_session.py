@@ -45,21 +45,13 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes beside it
         if threads is not None:
             options.intra_op_num_threads = threads
-        if device == "cuda":
-            _load_cuda(onnxruntime)
-            options.log_severity_level = 4  # why the provider does not start is told below
         provider = _PROVIDERS[device]
+        if device == "cuda":
+            _require(provider, onnxruntime.get_available_providers(), path)
+            _load_cuda(onnxruntime)
         with _explained("onnxruntime cannot load the model", path):
             self._session: Any = onnxruntime.InferenceSession(content or str(path), options, providers=[provider])
-        if provider not in self._session.get_providers():
-            raise UnavailableError(
-                "onnxruntime has no GPU here",
-                where=str(path),
-                expected=provider,
-                got=f"{', '.join(onnxruntime.get_available_providers())} in onnxruntime {onnxruntime.__version__}",
-                remedy="pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]', on a machine with an NVIDIA "
-                "driver; `deploy-prune doctor` says what is missing.",
-            )
+        _require(provider, self._session.get_providers(), path)
         self.path, self.device = path, device
 
     @property
@@ -100,6 +92,19 @@ class OnnxSession:
     def metadata(self) -> dict[str, str]:
         """The file's metadata properties."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
+
+
+def _require(provider: str, there: list[str], path: Path) -> None:
+    """Raises UnavailableError where onnxruntime has no such provider, or went on without it."""
+    if provider not in there:
+        raise UnavailableError(
+            "onnxruntime has no GPU here",
+            where=str(path),
+            expected=provider,
+            got=", ".join(there),
+            remedy="pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]', on a machine with an NVIDIA driver; "
+            "`deploy-prune doctor` says what is missing.",
+        )
 
 
 def _load_cuda(onnxruntime: Any) -> None:

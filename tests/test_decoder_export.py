@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from decoders import build, exported, written
@@ -15,7 +16,7 @@ from converters.cache import cache_slots
 from converters.decoder_export import export_decoder
 from converters.decoder_parity import check_decoder
 from converters.generation import OnnxDecoder, Text, generate
-from deploy_prune.errors import ArtifactError, ParityError, UnsupportedModelError, UsageError
+from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UnsupportedModelError, UsageError
 
 PROMPTS = [[5, 17, 33, 80], [9, 61], [44]]
 CASES = [
@@ -102,6 +103,12 @@ def test_what_cannot_be_generated_is_refused():
 def test_a_plain_onnx_file_is_no_decoder(tmp_path):
     with pytest.raises(ArtifactError, match=r"not a decoder with a key/value cache"):
         OnnxDecoder(save_mlp(tmp_path / "mlp.onnx"))
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="there is a GPU runtime")
+def test_a_gpu_that_is_not_there_is_said_to_be_missing_and_nothing_runs_on_the_cpu_instead():
+    with pytest.raises(UnavailableError, match="no GPU here"):
+        OnnxDecoder(exported("tiny_llama", "uneven")[1] / "model.onnx", device="cuda")
 
 
 def damaged(directory, tmp_path, change):

@@ -43,4 +43,6 @@ class PrecisionOptions(BaseModel):
     def _once(self) -> PrecisionOptions:
         if len(set(self.also)) != len(self.also):
             raise ValueError("expected every precision once")
+        if self.keep and not self.also:
+            raise ValueError("`keep` without `also`: nothing is converted, so nothing can be kept in fp32")
         return self

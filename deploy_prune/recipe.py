@@ -106,10 +106,12 @@ class FamilyPart(Part):
             raise ValueError("expected every member once")
         if self.sparsities is not None and self.budget != "sparsity":
             raise ValueError(f"`sparsities` are given but `budget` is {self.budget}; use `targets`")
-        if self.budget == "sparsity" and any(not 0 < value < 1 for value in self.values):
-            raise ValueError("expected sparsities between 0 and 1, both excluded")
-        if self.budget == "speedup" and any(value <= 1 for value in self.values):
-            raise ValueError("expected speed-ups above 1: 2 is half the dense model's time")
+        if self.budget == "sparsity" and (bad := [value for value in self.values if not 0 < value < 1]):
+            raise ValueError(f"expected sparsities between 0 and 1, both excluded, got {', '.join(map(str, bad))}")
+        if self.budget == "speedup" and (bad := [value for value in self.values if value <= 1]):
+            raise ValueError(
+                f"expected speed-ups above 1, got {', '.join(map(str, bad))}; 2 is half the dense model's time"
+            )
         if self.layout == "uniform" and self.budget in MEASURED:
             raise ValueError(
                 f"`layout: uniform` goes with a budget of sparsity, params, macs or bytes, not {self.budget}"

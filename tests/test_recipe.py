@@ -86,14 +86,19 @@ def test_sparsity_outside_the_open_unit_interval_is_refused(written: Any, sparsi
         ({"sparsities": [0.3, 0.3]}, "every member once"),
         ({"sparsities": [0.3, 0.3000000001]}, "two members would be called s30"),
         ({"sparsities": [0.3], "budget": "macs"}, "use `targets`"),
-        ({"targets": [2.0]}, "between 0 and 1"),
+        ({"targets": [2.0]}, "between 0 and 1, both excluded, got 2.0"),
         ({"targets": [-1.0], "budget": "macs"}, "greater than 0"),
-        ({"targets": [0.5], "budget": "speedup"}, "speed-ups above 1"),
+        ({"targets": [0.5], "budget": "speedup"}, "speed-ups above 1, got 0.5"),
         ({"sparsities": [0.3], "kinds": ["heads"]}, "'head'"),
     ],
 )
 def test_a_family_that_makes_no_sense_is_refused(written: Any, family: dict[str, Any], words: str) -> None:
     assert words in "\n".join(problems_of(written({**MINIMAL, "family": family})))
+
+
+def test_nodes_to_keep_without_a_precision_are_refused(written: Any) -> None:
+    (problem,) = problems_of(written({**MINIMAL, "precision": {"keep": ["node"]}}))
+    assert "`keep` without `also`" in problem
 
 
 def test_decoders_with_a_cache_are_refused_in_other_precisions() -> None:

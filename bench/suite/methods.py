@@ -53,7 +53,10 @@ def every_method(bench: Bench) -> dict[str, Any]:
             model = _corrected(dense.to(device), task, path, how).cpu()
             with torch.no_grad():
                 outputs.append(task.signature.call(model, inputs).numpy())
-        result[f"correction {how}"] = {"outputs off by": close(outputs[-1], outputs[0], "refit", how)}
+        try:
+            result[f"correction {how}"] = {"outputs off by": close(outputs[-1], outputs[0], "refit", how)}
+        except DeployPruneError as error:
+            failed.append(f"correction {how}: {error}")
     all_well(failed)
     return result
 
@@ -82,6 +85,6 @@ def _shared(a: SolutionPath, b: SolutionPath) -> float:
     both = either = 0
     for site, kinds in plans[0].items():
         for kind, kept in kinds.items():
-            one, other = set(kept), set(plans[1][site][kind])
+            one, other = set(kept), set(plans[1].get(site, {}).get(kind, ()))
             both, either = both + len(one & other), either + len(one | other)
     return both / max(1, either)

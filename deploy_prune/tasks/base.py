@@ -128,21 +128,26 @@ class Task(ABC):
     def distance(self, output: Tensor, reference: Tensor, batch: Batch) -> Tensor:
         """How far `output` is from the dense model's `reference`, one value >= 0 per row, differentiable."""
 
-    @abstractmethod
     def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
         """What agreement compares, one row per row of the batch: the chosen class, tokens, or the embedding."""
+        found: np.ndarray = self._answers(output, batch).cpu().numpy()
+        return found
 
     def agreement(self, output: Tensor, reference: Tensor, batch: Batch) -> np.ndarray:
         """How far two outputs for a batch say the same: per row 1 or 0, a cosine, or (agreeing tokens, all tokens)."""
         return self._agree(self.answers(output.float(), batch), self.answers(reference.float(), batch), batch)
 
     @abstractmethod
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
-        """What the metric is made of, for the judged things of this batch."""
+    def _answers(self, output: Tensor, batch: Batch) -> Tensor:
+        """What `answers` gives, on the device of output and batch."""
+
+    @abstractmethod
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
+        """What the metric is made of, for the judged things of this batch, on the device of both."""
 
     @abstractmethod
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
-        """What agreement is made of, for the rows of this batch."""
+        """What agreement is made of, for the rows of this batch, wherever it is."""
 
     @abstractmethod
     def _summarise(self, rows: np.ndarray) -> tuple[float, tuple[float, float], dict[str, Any]]:
@@ -186,7 +191,8 @@ class Task(ABC):
         for batch in stream:
             output, here = self._output(predict, batch)
             if self.metric != AGREEMENT:
-                parts.append(self._score(output, here))
+                parts.append(self._score(output, here).cpu().numpy())
+                del output, here  # the next output needs their room
                 continue
             if callable(reference):
                 expected = self.answers(*self._output(reference, batch))

@@ -126,14 +126,16 @@ class CausalLM(Task):
         mask = batch.inputs["attention_mask"]
         return (divergence(output, reference) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
-    def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.argmax(-1).int().cpu().numpy()
+    def _answers(self, output: Tensor, batch: Batch) -> Tensor:
+        return output.argmax(-1).int()
 
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
         import torch
 
-        total, count = _negative_log_likelihood(output, require_target(batch, self))
-        return torch.stack([total, count], dim=1).double().cpu().numpy()
+        target = require_target(batch, self)
+        # One window at a time: the logarithms of a batch's probabilities are as large as its logits.
+        rows = [_negative_log_likelihood(o[None], t[None]) for o, t in zip(output, target, strict=True)]
+        return torch.cat([torch.stack(row, dim=1) for row in rows]).double()
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         import numpy as np

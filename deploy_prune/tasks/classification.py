@@ -28,11 +28,11 @@ class Classification(Task):
         """KL(dense || output) in nats."""
         return divergence(output, reference)
 
-    def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.argmax(-1).cpu().numpy()
+    def _answers(self, output: Tensor, batch: Batch) -> Tensor:
+        return output.argmax(-1)
 
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return (output.argmax(-1) == require_target(batch, self)).double().cpu().numpy()
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
+        return (output.argmax(-1) == require_target(batch, self)).double()
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         return (answers == reference).astype(float)

@@ -138,15 +138,15 @@ class ImageText(Task):
         found = super().evaluate(*args, **kwargs)
         return found if self.metric == AGREEMENT else replace(found, per_example=_hits(found.per_example)[0])
 
-    def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.flatten(1).cpu().numpy()
+    def _answers(self, output: Tensor, batch: Batch) -> Tensor:
+        return output.flatten(1)
 
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
         """(pairs, 1 + 2·width): which image it is, its embedding, the caption's."""
         import torch
 
         own = require_target(batch, self)
-        return torch.cat([own[:, None].double(), output.flatten(1).double()], 1).cpu().numpy()
+        return torch.cat([own[:, None].double(), output.flatten(1).double()], 1)
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         """The mean cosine of the two embeddings to the dense ones."""

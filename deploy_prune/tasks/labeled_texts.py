@@ -77,12 +77,12 @@ class LabeledTexts(Classification):
             target = None if labels is None else torch.tensor([labels[i] for i in batch])
             yield Batch(padded(rows.rows(batch), self._pad), target)
 
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
-        import numpy as np
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
+        import torch
 
         if self.metric not in TOGETHER:
             return super()._score(output, batch)
-        return np.stack([output.argmax(-1).cpu().numpy(), require_target(batch, self).cpu().numpy()], axis=1)
+        return torch.stack([output.argmax(-1), require_target(batch, self)], dim=1)
 
     def _summarise(self, rows: np.ndarray) -> tuple[float, tuple[float, float], dict[str, Any]]:
         if self.metric not in TOGETHER:

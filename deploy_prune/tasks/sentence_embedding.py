@@ -147,14 +147,14 @@ class SentenceEmbedding(Task):
 
         return 1 - cosine_similarity(output.float(), reference.float(), dim=-1)
 
-    def answers(self, output: Tensor, batch: Batch) -> np.ndarray:
-        return output.cpu().numpy()
+    def _answers(self, output: Tensor, batch: Batch) -> Tensor:
+        return output
 
-    def _score(self, output: Tensor, batch: Batch) -> np.ndarray:
+    def _score(self, output: Tensor, batch: Batch) -> Tensor:
         import torch
 
         assert batch.target is not None
-        return torch.stack([_pair_cosine(output).double(), batch.target[::2].double()], dim=1).cpu().numpy()
+        return torch.stack([_pair_cosine(output).double(), batch.target[::2].double()], dim=1)
 
     def _agree(self, answers: np.ndarray, reference: np.ndarray, batch: Batch) -> np.ndarray:
         import numpy as np

@@ -47,13 +47,8 @@ def full(result: RaceResult) -> str:
     head = result.head
     parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
     if trained := [row for row in result.rows.values() if row["form"] == "recovered"]:
-        parts += [
-            "",
-            f"After the same recovery of {trained[0]['steps']} steps:",
-            "",
-            *verdicts(result, "recovered"),
-            *untrained(result),
-        ]
+        parts += ["", f"After the same recovery of {trained[0]['steps']} steps:", ""]
+        parts += [*verdicts(result, "recovered"), *untrained(result)]
     parts += ["", *latencies(result)]
     for name, reason in head["not_supported"].items():
         parts.append(f"- {name} does not take part: {reason}.")
@@ -68,13 +63,8 @@ def section(results: Sequence[RaceResult]) -> str:
     for result in results:
         parts += [f"**{result.head['recipe']}**: {facts(result)}", "", *verdicts(result), ""]
         if any(row["form"] == "recovered" for row in result.rows.values()):
-            parts += [
-                "The best few after the same short recovery:",
-                "",
-                *verdicts(result, "recovered"),
-                *untrained(result),
-                "",
-            ]
+            parts += ["The best few after the same short recovery:", ""]
+            parts += [*verdicts(result, "recovered"), *untrained(result), ""]
         parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
     return "\n".join(parts).strip()
 

@@ -164,7 +164,7 @@ def _decoders(check: dict[str, Any]) -> list[str]:
     lines = ["| decoder with cache, fp32 | logits against torch's | tokens a second, batch 1 |", "|---|---|---|"]
     for name, entry in told.items():
         lines.append(f"| {name} | {entry['logits off by']:.1e} | {entry['tokens a second']:.0f} |")
-    return [*lines, "", f"Load of the machine as that check began: {check['environment']['load_average'][0]:.1f}."]
+    return [*lines, "", f"Load of the machine: {check['environment']['load_average'][0]:.1f}."]
 
 
 def _large(check: dict[str, Any]) -> list[str]:

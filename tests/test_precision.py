@@ -20,7 +20,7 @@ from converters.onnx_export import export_onnx
 from converters.precision import HALF, PRECISIONS, Limit, convert_precision
 from converters.precision.given import matching, precision_of
 from converters.precision.half import lower
-from converters.precision.int8 import FROM
+from converters.precision.int8 import FROM, saturates
 from converters.precision.proof import prove
 from converters.surgery import compact
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UnsupportedModelError, UsageError
@@ -78,7 +78,13 @@ def test_a_cut_model_in_every_precision_is_its_twin(name, request, tmp_path):
     for precision in ABLE:
         target = tmp_path / f"{precision}.onnx"
         report = convert_precision(
-            twin, target, precision, given(signature), made_up=[inputs_of(signature, 3, 7, 9)], limit=Limit(0.2, 0.9, 1)
+            twin,
+            target,
+            precision,
+            given(signature),
+            made_up=[inputs_of(signature, 3, 7, 9)],
+            limit=Limit(0.2, 0.9, 1),
+            reduce_range=saturates(),
         )
         proto = onnx.load(target)
         assert [v.type.tensor_type.elem_type for v in proto.graph.output] == [onnx.TensorProto.FLOAT]
@@ -323,6 +329,15 @@ def test_bytes_of_weights_are_those_of_the_twins_tensors_alone(precision, vit, t
     onnx.save(proto, target)
     assert stored_weights(vit, target, precision) == before
     assert (0.45 if precision in HALF else 0.2) < before / stored_weights(vit, vit, "fp32") < 0.6
+
+
+@pytest.mark.parametrize(("cpu", "told"), [("flags : avx2 avx_vnni", False), ("flags : avx2", True)])
+def test_a_refused_int8_file_names_the_remedy_of_a_cpu_whose_sums_saturate(cpu, told, vit, monkeypatch):
+    monkeypatch.setattr("converters.precision.int8.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("converters.precision.int8.Path.read_text", lambda self: cpu)
+    with pytest.raises(ParityError) as refused:
+        prove(vit, vit, "int8-static", given(SIGNATURES["tiny_vit"]), limit=Limit(-1.0, 0.9, 1))
+    assert ("precision.reduce_range=true" in str(refused.value)) is told
 
 
 @INT8["int8-dynamic"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,16 @@ class Quantized:
     nodes: tuple[str, ...]
     kept: tuple[str, ...]
     tables: tuple[str, ...]
+
+
+def saturates() -> bool:
+    """Whether this CPU is an x86 without VNNI, as Linux tells it, on which int8 kernels add up in 16 bits."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not told
 
 
 def quantize(

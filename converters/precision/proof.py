@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.precision.formats import HALF, LIMITS, Limit
+from converters.precision.int8 import saturates
 from deploy_prune.errors import ArtifactError, ParityError
 
 if TYPE_CHECKING:
@@ -95,12 +96,16 @@ def prove(
     if not agreement >= limit.agreement:
         problems.append(f"predictions agree on {agreement:.1%} of the examples, limit {limit.agreement:.1%}")
     if problems:
+        remedy = "Keep nodes in fp32 (precision.keep), take another precision or calibration, or allow more "
+        remedy += f"(precision.tolerance, precision.agreement for {precision})."
+        if precision not in HALF and saturates():
+            remedy += " This CPU has no VNNI, so sums of its int8 kernels saturate: precision.reduce_range=true stores "
+            remedy += "weights in 7 bits."
         raise ParityError(
             f"the {precision} file is not its fp32 twin, rounded",
             where=where or Path(candidate).name,
             problems=problems[:30],
-            remedy="Keep nodes in fp32 (precision.keep), take another precision or calibration, or allow more "
-            f"(precision.tolerance, precision.agreement for {precision}).",
+            remedy=remedy,
         )
     return PrecisionParity(precision, error, limit.error, agreement, limit.agreement, sum(map(len, rows)))
 

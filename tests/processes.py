@@ -20,6 +20,7 @@ def run_processes(count: int, work: Callable[..., Any], directory: Path, *argume
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_process, (count, port, work, directory, arguments), nprocs=count)
+    # Written by `_process` a moment ago, and any Python object.
     return [torch.load(directory / f"{i}.result", weights_only=False) for i in range(count)]
 
 

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from bench.suite.__main__ import main, slug
+from bench.suite.decoders import likely
+from bench.suite.methods import SHARED, shared
 from bench.suite.models import half_of, subjects
 from bench.suite.report import BEGIN, END, NONE, replaced, section
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UsageError
@@ -130,3 +132,16 @@ def test_the_small_suite_passes_on_a_cpu(tmp_path: Path) -> None:
         summary["checks"], "passed"
     )
     assert code == 0
+
+
+def test_the_check_of_methods_tells_two_paths_apart() -> None:
+    subject = subjects(small=True)[0]
+    model = subject.build()
+    one, other = (half_of(model, subject.signature, 8, seed=seed).path for seed in (0, 1))
+    assert shared(one, one) == 1 and shared(one, other) < SHARED
+
+
+def test_the_check_of_decoders_refuses_tokens_that_torch_finds_unlikely() -> None:
+    model = subjects(small=True)[2].build()
+    with pytest.raises(ParityError, match="other tokens than torch"):
+        likely(model, list(range(20)), 10)

@@ -168,8 +168,12 @@ def collect(pool: Executor, jobs: Mapping[str, Mapping[str, Any]], keep: Callabl
         for future in as_completed(made):
             try:
                 row = future.result()
-            except BrokenExecutor:
-                raise
+            except BrokenExecutor as error:
+                raise DeployPruneError(
+                    "a worker process died, perhaps for want of memory",
+                    got=str(error),
+                    remedy="Ask for fewer --jobs; the same command goes on with the rows that are missing.",
+                ) from error
             except Exception as error:
                 failed.append(f"{made[future]}: {error!r}")
                 continue

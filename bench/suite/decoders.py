@@ -50,7 +50,7 @@ def decoders(bench: Bench) -> dict[str, Any]:
         seconds, written = _timed(decoder, generate, prompt[0].tolist(), tokens)
         result[name] = {
             "logits off by": off,
-            "written off by": _likely(model, [*prompt[0].tolist(), *written], tokens),
+            "written off by": likely(model, [*prompt[0].tolist(), *written], tokens),
             "tokens": tokens,
             "tokens a second": tokens / seconds,
         }
@@ -82,7 +82,7 @@ def _timed(decoder: OnnxDecoder, generate: Any, prompt: list[int], tokens: int) 
     return best, made[0]
 
 
-def _likely(model: nn.Module, text: list[int], tokens: int) -> float:
+def likely(model: nn.Module, text: list[int], tokens: int) -> float:
     """How far below torch's likeliest token the written ones lie at most, as a share of the largest logit. Raises
     ParityError where that is more than rounding."""
     import numpy as np

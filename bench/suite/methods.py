@@ -38,10 +38,10 @@ def every_method(bench: Bench) -> dict[str, Any]:
     for name in METHODS:
         try:
             paths = [_path(dense.to(device), task, name) for device in devices]
-            shared = _shared(paths[0], paths[-1])
-            result[name] = {"units shared": shared}
-            if shared < SHARED:
-                failed.append(f"{name}: only {shared:.1%} of the units are shared")
+            common = shared(paths[0], paths[-1])
+            result[name] = {"units shared": common}
+            if common < SHARED:
+                failed.append(f"{name}: only {common:.1%} of the units are shared")
         except (DeployPruneError, RuntimeError) as error:
             result[name] = {"failed": repr(error)}
             failed.append(f"{name}: {error}")
@@ -79,7 +79,7 @@ def _corrected(model: nn.Module, task: Task, path: SolutionPath, how: Any) -> nn
     return compact(compensate(model, plan, moments, how, basis=path.basis), plan, check_weights=False)
 
 
-def _shared(a: SolutionPath, b: SolutionPath) -> float:
+def shared(a: SolutionPath, b: SolutionPath) -> float:
     """The share of units that two plans of 40 % both keep, of those that either keeps."""
     plans = [path.plan(0.4).keep for path in (a, b)]
     both = either = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench.suite.__main__ import main, slug
+from bench.suite.checks import AHEAD, CHECKS
 from bench.suite.decoders import likely
+from bench.suite.jobs import Jobs
 from bench.suite.methods import SHARED, shared
 from bench.suite.models import half_of, subjects
 from bench.suite.report import BEGIN, END, NONE, replaced, section
@@ -57,6 +60,24 @@ def test_what_does_not_fit_into_the_time_is_not_begun_and_not_passed(
     monkeypatch.setattr("bench.suite.checks.CHECKS", {"one": lambda bench: PASSED})
     code, summary = run(tmp_path, "--limit", "1")
     assert code == 1 and summary["checks"]["one"]["state"] == "not begun"
+
+
+def test_a_job_runs_once_in_another_process_and_raises_here_what_it_raised_there() -> None:
+    jobs = Jobs()
+    try:
+        jobs.start(("process",), os.getpid)
+        jobs.start(("process",), os.getppid)  # of the same name: not begun
+        jobs.start(("wrong",), int, "seven")
+        assert jobs["process",] not in (os.getpid(), os.getppid())
+        with pytest.raises(ValueError, match="seven"):
+            _ = jobs["wrong",]
+        assert jobs.waited > 0
+    finally:
+        jobs.close()
+
+
+def test_only_checks_have_work_ahead() -> None:
+    assert AHEAD.keys() <= CHECKS.keys()
 
 
 def test_halves_have_half_the_work_at_aligned_widths() -> None:
@@ -137,7 +158,7 @@ def test_the_small_suite_passes_on_a_cpu(tmp_path: Path) -> None:
 def test_the_check_of_methods_tells_two_paths_apart() -> None:
     subject = subjects(small=True)[0]
     model = subject.build()
-    one, other = (half_of(model, subject.signature, 8, seed=seed).path for seed in (0, 1))
+    one, other = (half_of(model, subject.signature, 8, seed=seed).path.plan(0.4) for seed in (0, 1))
     assert shared(one, one) == 1 and shared(one, other) < SHARED
 
 

@@ -138,7 +138,7 @@ def rivals_of(
         for name, plan in by_macs(rivals).items():
             files[name] = write(name, compact(setup.model, plan, check_weights=False))
         last = correction == CORRECTIONS
-        report = place.time(files, seed=correction, min_rounds=ROUNDS if last else 30)
+        report = place.time(files, seed=correction, min_rounds=ROUNDS if last else 30, progress=setup.progress)
         if not last:
             for name in plans:
                 wanted[name] *= report[f"{name} latency"].ratio.value / report[f"{name} macs"].ratio.value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.suite.files import Files
+from bench.suite.jobs import Jobs
 from bench.suite.models import Member, Subject, half_of, subjects
 from converters.onnx_session import Device
 from deploy_prune.errors import ParityError
@@ -30,6 +31,7 @@ class Bench:
     seconds: float
     members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+    jobs: Jobs = field(default_factory=Jobs)
 
     def begin(self) -> dict[str, Any]:
         """A check's results, which are kept also when it fails later."""
@@ -56,11 +58,7 @@ class Bench:
     @cached_property
     def files(self) -> Files:
         """Being made from the first time they are asked for."""
-        return Files(self.small, self.align, self.directory)
-
-    def close(self) -> None:
-        if "files" in self.__dict__:
-            self.files.close()
+        return Files(self.jobs, self.small, self.align, self.directory)
 
 
 def all_well(failed: list[str]) -> None:

@@ -8,66 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite.base import Bench, all_well, close
-from bench.suite.decoders import decoders
+from bench.suite.decoders import decoders, export_ahead
 from bench.suite.files import FORMS, OPSET
-from bench.suite.methods import every_method
+from bench.suite.methods import default_ahead, digits, every_method, methods_ahead, search_and_refit
 from bench.suite.models import subjects
 from deploy_prune.errors import DeployPruneError, ParityError
 
 SESSIONS = 2
 
 
-def search_and_refit(bench: Bench) -> dict[str, Any]:
-    """The default search and the refit on the device give the path and the model that they give on the CPU."""
-    import torch
-
-    from deploy_prune.adapters import find_sites
-    from deploy_prune.demo import digits_vit
-    from deploy_prune.methods import search
-    from deploy_prune.refitting import collect_moments, refit
-    from deploy_prune.tasks import load_task
-
-    _ = bench.files  # made meanwhile
-    reference = "python:deploy_prune.demo:digits_vit"
-    found: dict[str, Any] = {}
-    for device in dict.fromkeys(("cpu", bench.device)):
-        model = digits_vit(epochs=2 if bench.small else 6).to(device)
-        task = load_task(
-            "image-classification", model=model, model_ref=reference, calibration="digits:train", evaluation=None
-        )
-        count = 64 if bench.small else 128
-        path = search(model, task, "fisher" if bench.small else "spp", examples=count, batch_size=64, precision="fp32")
-        plan = path.plan(0.4)
-        moments = collect_moments(model, find_sites(model), task.calibration(64, count), task.signature)
-        small = refit(model, plan, moments, basis=path.basis).cpu()
-        inputs = task.signature.random_inputs({"batch": 64}, seed=3)
-        with torch.no_grad():
-            found[device] = (plan, task.signature.call(small, inputs).numpy())
-    (cpu_plan, cpu), (plan, own) = found["cpu"], found[bench.device]
-    kept = [(set(cpu_plan.keep[s][k]), set(plan.keep[s][k])) for s in plan.keep for k in plan.keep[s]]
-    shared = sum(len(a & b) for a, b in kept) / max(1, sum(len(a | b) for a, b in kept))
-    if shared < 0.98:
-        raise ParityError("the search on the device finds another path", expected="98 % shared", got=f"{shared:.1%}")
-    result = bench.begin()
-    result |= {"device": bench.device, "units shared with the CPU's plan": shared}
-    if plan.keep == cpu_plan.keep:  # bases turn with rounding, so the functions are compared, not the weights
-        result["refitted outputs off by"] = close(own, cpu, "refit", "digits")
-    return result
-
-
 def recovery(bench: Bench) -> dict[str, Any]:
     """Training a cut model on the device, all weights, by adapters and by a sparse delta, makes it better."""
     from converters.surgery import compact
-    from deploy_prune.demo import digits_vit
     from deploy_prune.methods import search
     from deploy_prune.recovery import recover
-    from deploy_prune.tasks import load_task
 
-    reference = "python:deploy_prune.demo:digits_vit"
-    dense = digits_vit(epochs=2 if bench.small else 6).to(bench.device)
-    task = load_task(
-        "image-classification", model=dense, model_ref=reference, calibration="digits:train", evaluation=None
-    )
+    dense, task = digits(bench.device, epochs=2 if bench.small else 6)
     path = search(dense, task, "magnitude", examples=64, batch_size=64, precision="fp32")
     cut = compact(dense, path.plan(0.6), check_weights=False)
     result = bench.begin()
@@ -279,18 +235,31 @@ def large_search(bench: Bench) -> dict[str, Any]:
     return search_7b(bench.device, small=bench.small)
 
 
+def files_ahead(bench: Bench) -> None:
+    _ = bench.files
+
+
+# In this order: what needs the device alone, while other processes work; then what waits for them.
 CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
-    "search": search_and_refit,
-    "methods": every_method,
-    "recovery": recovery,
     "large": large_search,
+    "recovery": recovery,
+    "search": search_and_refit,
     "parity": parity,
-    "decoders": decoders,
     "runtimes": runtimes,
     "family": family,
     "family-fp16": family_fp16,
     "family-graphs": family_graphs,
     "fp16": half_precision,
     "variants": variants,
+    "methods": every_method,
+    "decoders": decoders,
     "table": table,
+}
+# What other processes begin before the first check begins.
+AHEAD: Mapping[str, Callable[[Bench], None]] = {
+    "search": default_ahead,
+    **dict.fromkeys(("parity", "runtimes", "family", "family-fp16", "family-graphs", "fp16", "variants"), files_ahead),
+    "methods": methods_ahead,
+    "decoders": export_ahead,
+    "table": files_ahead,
 }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.suite.base import ERROR, Bench, close
-from bench.suite.files import OPSET, hide_gpu
+from bench.suite.files import OPSET
 from bench.suite.models import half_of, subjects
 from deploy_prune.errors import ParityError
 
@@ -33,16 +31,12 @@ def decoders(bench: Bench) -> dict[str, Any]:
     from converters.decoder_parity import whole_logits
     from converters.generation import OnnxDecoder, generate, replay
 
-    models: dict[str, nn.Module] = {}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), hide_gpu) as pool:  # an export takes minutes
-        made = {name: pool.submit(export, bench.small, bench.align, name, bench.directory) for name in FORMS}
-        subject, models["dense"], half = bench.subject(MODEL)
-        models["half"] = half.model
-        files = {name: future.result() for name, future in made.items()}
+    subject, dense, half = bench.subject(MODEL)
+    models: dict[str, nn.Module] = {"dense": dense, "half": half.model}
     tokens = 16 if bench.small else 128
     result = bench.begin()
     for name, model in models.items():
-        decoder = OnnxDecoder(files[name], device=bench.device)
+        decoder = OnnxDecoder(bench.jobs["decoder", name], device=bench.device)
         prompt = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=5)["input_ids"].numpy()
         mask = np.ones_like(prompt)
         expected = whole_logits(model, *_tensors(prompt, mask))
@@ -55,6 +49,11 @@ def decoders(bench: Bench) -> dict[str, Any]:
             "tokens a second": tokens / seconds,
         }
     return result
+
+
+def export_ahead(bench: Bench) -> None:
+    for name in FORMS:
+        bench.jobs.start(("decoder", name), export, bench.small, bench.align, name, bench.directory)
 
 
 def export(small: bool, align: int, form: str, directory: Path) -> Path:

@@ -1,15 +1,12 @@
-"""The ONNX files of the suite, made by other processes while the first checks run: one job per model and form."""
+"""The ONNX files of the suite: one job per model and form."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.suite.jobs import Jobs
 from bench.suite.models import half_of, subjects
 
 OPSET = 20
@@ -23,43 +20,31 @@ class Files:
     A model's files lie as in a bundle, with a checkpoint of the half for the torch runtimes.
     """
 
-    def __init__(self, small: bool, align: int, directory: Path) -> None:
-        workers = max(1, len(os.sched_getaffinity(0)) - 1)
-        # Fresh processes: a fork would share the parent's CUDA state, which breaks.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), hide_gpu)
-        self._made: dict[tuple[str, str], Future[Mapping[str, Path]]] = {}
+    def __init__(self, jobs: Jobs, small: bool, align: int, directory: Path) -> None:
+        self._jobs = jobs
         names = [subject.name for subject in subjects(small)]
         for name in reversed(names):  # the slowest first
             for form in ("half", *FORMS):
                 folder = directory / name / "models"
                 folder.mkdir(parents=True, exist_ok=True)
-                self._made[name, form] = self._pool.submit(make, small, align, name, form, folder)
+                jobs.start((name, form), make, small, align, name, form, folder)
 
     def __getitem__(self, key: tuple[str, str, str]) -> Path:
         """(model, "half" or a form of the dense one, precision). Raises what making it raised."""
         name, form, precision = key
-        return self._made[name, form].result()[precision]
+        file: Path = self._jobs[name, form][precision]
+        return file
 
     def members(self, name: str, precision: str = "fp32") -> dict[str, Path]:
         """The dense model and its half."""
         return {"dense": self[name, "ort", precision], "half": self[name, "half", precision]}
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-def hide_gpu() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 
 def make(small: bool, align: int, name: str, form: str, folder: Path) -> dict[str, Path]:
     """Write one model in one form, and in the precisions wanted of it; returns precision -> file."""
-    import torch
-
     from converters.checkpoint import save_pruned
     from converters.onnx_export import export_onnx
 
-    torch.set_num_threads(1)  # every process of the pool has one core
     subject = next(subject for subject in subjects(small) if subject.name == name)
     model: Any = subject.build()
     if form == "half":

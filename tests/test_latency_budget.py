@@ -18,8 +18,9 @@ from bench.latency_table import LatencyTable, SiteTimes
 from bench.report import LatencyReport
 from deploy_prune.errors import BudgetError, UsageError
 from deploy_prune.latency import fitting
+from deploy_prune.latency.candidates import PATH, WAYS, Search, plan_within
 from deploy_prune.latency.choice import Options, choose, counts_of, options_of
-from deploy_prune.latency.fitting import Search, fit_plans, limit_of, plan_within
+from deploy_prune.latency.fitting import fit_plans, limit_of
 from deploy_prune.latency.losses import LossCurve, loss_curve, non_decreasing, site_losses
 from deploy_prune.latency.measure import latency_table
 from deploy_prune.latency.place import Place
@@ -185,9 +186,9 @@ def test_a_probe_holds_the_asked_widths_and_nothing_else(tiny_vit: nn.Module, pa
 
 
 class Clockwork(Place):
-    """A place where a graph takes 2 ms and a nanosecond for every byte of it; `drift` slows members alone."""
+    """A place where a graph takes 2 ms and a nanosecond for every byte of it; `drift` slows those named so alone."""
 
-    drift = 1.0
+    drift, slow = 1.0, ": "  # members are named `target: way`
 
     def settled(self, onnx: Path) -> Place:
         return self
@@ -196,7 +197,7 @@ class Clockwork(Place):
         return {"runtime": "clockwork", "batch": 1}
 
     def time(self, files: Any, **options: Any) -> LatencyReport:
-        return time_of(files, lambda name, file: int(file.read_text()) * (self.drift if name.endswith(" ") else 1.0))
+        return time_of(files, lambda name, file: int(file.read_text()) * (self.drift if self.slow in name else 1.0))
 
 
 def size_as_time(model: nn.Module, file: Path) -> None:
@@ -237,16 +238,13 @@ def test_a_table_is_measured_once_and_again_when_its_file_is_damaged(tiny_vit, p
     assert len(calls) == 2 * made + 1
 
 
-def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clockwork) -> None:
+def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clockwork, monkeypatch) -> None:
     table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
     search = replace(a_search(path, table), place=clockwork)
     _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     assert fits["x"].met and not fits["x"].corrected
-    Clockwork.drift = 1.1
-    try:
-        _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
-    finally:
-        Clockwork.drift = 1.0
+    monkeypatch.setattr(Clockwork, "drift", 1.1)
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     fit = fits["x"]
     assert fit.corrected and fit.met
     assert fit.measured == pytest.approx(fit.predicted, rel=0.02)
@@ -254,14 +252,29 @@ def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clock
     assert json.loads(json.dumps(fit.to_json()))["met"] is True
 
 
-def test_of_all_candidates_the_one_that_loses_least_is_taken_and_the_path_is_among_them(path: SolutionPath) -> None:
+def test_the_paths_own_plan_and_the_best_of_the_others_are_measured(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
     found = search.candidates(ASKED, 6.0)
-    assert "path" in found and len(found) == 4
-    for name in found:
-        picked = replace(search, loss_of=lambda plan, name=name: float(plan.keep != found[name].keep)).best(ASKED, 6.0)
-        assert picked[0].keep == found[name].keep
+    assert tuple(found) == WAYS
     assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
+    for way in WAYS[:-1]:
+        picked = replace(search, loss_of=lambda plan, way=way: float(plan.keep != found[way].keep), _known=[])
+        finalists = picked.finalists(ASKED, 6.0)
+        assert [plan.keep for plan in finalists.values()] == [found[way].keep, found[PATH].keep]
+    assert list(search.finalists(ASKED, 6.0)) == [WAYS[0]]  # nothing tells them apart: only the first
+
+
+@pytest.mark.parametrize("taken", [0, -1])
+def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, path, clockwork, monkeypatch) -> None:
+    table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
+    monkeypatch.setattr(Search, "least", lambda self, plans: list(plans)[taken])
+    search = replace(a_search(path, table), place=clockwork, loss_of=lambda plan: 0.0)
+    monkeypatch.setattr(Clockwork, "drift", 1.1)
+    monkeypatch.setattr(Clockwork, "slow", "steepness")
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
+    fit = fits["x"]
+    assert fit.met and fit.off == pytest.approx(1, rel=0.02)
+    assert (fit.corrected, fit.chosen_by) == ((False, PATH) if taken else (True, WAYS[0]))
 
 
 def test_a_steeper_density_spares_the_last_units_more_and_rises_on_beyond_its_knots() -> None:

@@ -42,8 +42,9 @@ def latency_plans(
     from converters.onnx_export import export_onnx
     from deploy_prune.basis import in_basis
     from deploy_prune.cache import cache_root
+    from deploy_prune.latency.candidates import Search
     from deploy_prune.latency.distance import distance_of
-    from deploy_prune.latency.fitting import Search, fit_plans
+    from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.losses import loss_curve
     from deploy_prune.latency.measure import latency_table
     from deploy_prune.latency.place import Place

@@ -1,29 +1,23 @@
 """From asked latencies to plans: chosen by the table, measured as whole models, corrected once.
 
-How much dearer the last units to leave are than the first is the weak side of losses taken along a path. So the
-choice is made with several steepnesses of the loss density, the path's own plan at that latency stands beside them, and
-the one whose refitted model really loses least on calibration data is taken (ZipLM and SPDY search likewise).
-
-The table's prediction of a plan is checked on the plan's own graph, timed interleaved with the dense model. Where it
-was off, the limit is moved by as much as it was off and the choice made again; the new graph is measured too, and what
-was predicted and measured is kept with the plan.
+Of every target the path's own plan at that latency and the best of the others are exported and timed, interleaved with
+the dense model. Where the table was off for one, its limit is moved by as much and it is chosen anew, in the same way:
+the table is off by more for a plan that was chosen by it. Of the two, now at one measured latency, the one is taken
+whose refitted model loses least on calibration data (ZipLM and SPDY search likewise), and it is measured too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.latency_table import LatencyTable
 from deploy_prune.budget import Measured
 from deploy_prune.errors import BudgetError, UsageError
 from deploy_prune.files import scratch_directory
-from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
-from deploy_prune.latency.losses import LossCurve
+from deploy_prune.latency.candidates import Search
 from deploy_prune.latency.measure import Export
-from deploy_prune.latency.place import Place
 from deploy_prune.plan import PrunePlan, Target
 from deploy_prune.progress import SILENT, Progress
 
@@ -31,10 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bench.report import LatencyReport
-    from deploy_prune.path import SolutionPath
 
 MIN_ROUNDS = 40
-STEEPNESSES = (1.0, 2.0, 4.0)
 CLOSE = 0.02  # a prediction this near is not corrected: the measurement is no better
 TAKEN = 0.03  # above the limit by more than this the target counts as missed
 
@@ -62,6 +54,11 @@ class Fit:
     chosen_by: str = ""
 
     @property
+    def off(self) -> float:
+        """Measured over predicted."""
+        return self.measured / self.predicted
+
+    @property
     def met(self) -> bool:
         """Whether the measured latency is within the limit, up to `TAKEN`."""
         return self.measured <= self.limit * (1 + TAKEN)
@@ -84,42 +81,14 @@ class Fit:
         }
 
 
-@dataclass(frozen=True)
-class Search:
-    """What a choice is made from."""
+class Entry(NamedTuple):
+    """One way to meet the target of a member."""
 
-    path: SolutionPath
-    table: LatencyTable
-    curve: LossCurve
-    place: Place
-    kinds: tuple[str, ...]
-    align: int
-    loss_of: Callable[[PrunePlan], float] | None = None
+    name: str
+    way: str
 
-    def options(self, steepness: float = 1.0) -> list[Options]:
-        curve = self.curve.steeper(steepness)
-        return options_of(self.path, self.table, curve, kinds=self.kinds, align=self.align)
-
-    def candidates(self, asked: Target, limit_ms: float) -> dict[str, PrunePlan]:
-        """Plans within a limit by the table, by how they were chosen. Raises BudgetError when there is none."""
-        found = {
-            f"steepness {power:g}": plan_within(self, self.options(power), asked, limit_ms) for power in STEEPNESSES
-        }
-        own = path_plan_within(self, asked, limit_ms)
-        return found if own is None else {**found, "path": own}
-
-    def best(self, asked: Target, limit_ms: float) -> tuple[PrunePlan, str]:
-        """The candidate that loses least, measured where `loss_of` is given, and how it was chosen."""
-        found = self.candidates(asked, limit_ms)
-        if self.loss_of is None:
-            name = next(iter(found))
-            return found[name], name
-        losses: dict[str, float] = {}
-        for name, plan in found.items():
-            same = next((other for other in losses if found[other].keep == plan.keep), None)
-            losses[name] = losses[same] if same is not None else self.loss_of(plan)
-        name = min(losses, key=lambda n: losses[n])
-        return found[name], name
+    def __str__(self) -> str:
+        return f"{self.name}: {self.way}"
 
 
 def limit_of(budget: Measured, value: float, dense_ms: float) -> float:
@@ -133,27 +102,6 @@ def limit_of(budget: Measured, value: float, dense_ms: float) -> float:
             remedy="Ask for less time; deploy-prune bench measures the dense model.",
         )
     return limit
-
-
-def plan_within(search: Search, options: Sequence[Options], asked: Target, limit_ms: float) -> PrunePlan:
-    """The plan that loses least within `limit_ms` by the table. Raises BudgetError with the best there is, and why."""
-    table, place = search.table, search.place
-    chosen = choose(options, limit_ms - table.rest_ms)
-    if chosen is None:
-        least = table.rest_ms + fastest_ms(options)
-        at = ", ".join(f"{name} {size}" for name, size in place.sizes().items())
-        raise BudgetError(
-            f"no plan reaches {asked.budget} {asked.value:g} on {place.runtime}, {at}",
-            expected=f"at most {limit_ms:.3f} ms",
-            got=f"best reachable: {least:.3f} ms, {table.dense_ms / least:.2f} times as fast as dense",
-            problems=[
-                f"{table.rest_ms:.3f} of the dense model's {table.dense_ms:.3f} ms lie outside the sites",
-                f"the sites take {fastest_ms(options):.3f} ms at their narrowest (kinds {', '.join(search.kinds)}, "
-                f"align {search.align})",
-            ],
-            remedy="Ask for more time, allow more unit kinds, or start from a smaller model.",
-        )
-    return search.path.plan_keeping(counts_of(options, chosen), asked)
 
 
 def fit_plans(
@@ -173,43 +121,47 @@ def fit_plans(
         for name, (budget, value) in targets.items()
     }
     limits = {name: limit_of(t.budget, t.value, table.dense_ms) for name, t in asked.items()}  # type: ignore[arg-type]
-    best = {name: search.best(target, limits[name]) for name, target in asked.items()}
-    plans = {name: plan for name, (plan, _) in best.items()}
+    finalists = {name: search.finalists(target, limits[name]) for name, target in asked.items()}
     with scratch_directory() as scratch:
         check = _Check(model, search, export, scratch, progress)
-        fits = check.fits(plans, asked, dict.fromkeys(plans, 1.0))
-        off = {name: fit.measured / fit.predicted for name, fit in fits.items()}
-        again = {name: factor for name, factor in off.items() if abs(factor - 1) > CLOSE}
-        for name, factor in again.items():
-            # against the dense model of the check, not of the table: the machine may be slower today
-            limit = limit_of(targets[name][0], targets[name][1], fits[name].dense)
-            wanted = limit / factor * table.dense_ms / fits[name].dense
-            best[name] = search.best(asked[name], min(wanted, table.dense_ms))
-            plans[name] = best[name][0]
-        if again:
-            fits |= {
-                name: replace(fit, corrected=True)
-                for name, fit in check.fits({name: plans[name] for name in again}, asked, again).items()
+        entries = {Entry(name, way): plan for name, plans in finalists.items() for way, plan in plans.items()}
+        fits = check.fits(entries, asked, dict.fromkeys(entries, 1.0))
+        plans: dict[Entry, PrunePlan] = {}
+        for name, target in asked.items():
+            moved = {
+                way: _moved(search, target, way, plan, fits[Entry(name, way)]) for way, plan in finalists[name].items()
             }
-    return plans, {name: replace(fit, chosen_by=best[name][1]) for name, fit in fits.items()}
+            reached = {way: plan for way, plan in moved.items() if plan is not None}
+            if not reached:
+                raise _missed([fits[Entry(name, way)] for way in moved])
+            way = search.least(reached)
+            plans[Entry(name, way)] = reached[way]
+        again = {entry: fits[entry].off for entry, plan in plans.items() if plan.keep != entries[entry].keep}
+        if again:
+            later = check.fits({entry: plans[entry] for entry in again}, asked, again)
+            fits |= {entry: replace(fit, corrected=True) for entry, fit in later.items()}
+    return (
+        {entry.name: plan for entry, plan in plans.items()},
+        {entry.name: replace(fits[entry], chosen_by=entry.way) for entry in plans},
+    )
 
 
-def path_plan_within(search: Search, asked: Target, limit_ms: float) -> PrunePlan | None:
-    """The path's own aligned plan that is largest within `limit_ms` by the table; None when none is."""
-    path, low, high = search.path, 0.0, 1.0
-    found = None
-    for _ in range(12):
-        middle = (low + high) / 2
-        try:
-            plan = path.plan(middle, kinds=search.kinds, align=search.align)
-        except BudgetError:
-            high = middle
-            continue
-        if search.table.plan_ms(plan.counts(path.sites)) <= limit_ms:
-            found, high = plan, middle
-        else:
-            low = middle
-    return None if found is None else path.plan_keeping(found.counts(path.sites), asked)
+def _moved(search: Search, asked: Target, way: str, plan: PrunePlan, fit: Fit) -> PrunePlan | None:
+    """The plan chosen in the same way with the limit moved by as much as the table was off; None when there is none."""
+    if abs(fit.off - 1) <= CLOSE:
+        return plan
+    # against the dense model of the check, not of the table: the machine may be slower today
+    wanted = limit_of(fit.budget, fit.value, fit.dense) / fit.off * search.table.dense_ms / fit.dense
+    return search.within(way, asked, min(wanted, search.table.dense_ms))
+
+
+def _missed(fits: Sequence[Fit]) -> BudgetError:
+    return BudgetError(
+        f"no plan reaches {_said(fits[0].budget, fits[0].value)}: the table was off",
+        expected=f"at most {fits[0].limit:.3f} ms",
+        got=", ".join(f"{fit.measured:.3f} ms measured" for fit in fits),
+        remedy="Ask for more time, allow more unit kinds, or start from a smaller model.",
+    )
 
 
 @dataclass
@@ -221,22 +173,24 @@ class _Check:
     progress: Progress
 
     def fits(
-        self, plans: Mapping[str, PrunePlan], asked: Mapping[str, Target], factors: Mapping[str, float]
-    ) -> dict[str, Fit]:
+        self, plans: Mapping[Entry, PrunePlan], asked: Mapping[str, Target], factors: Mapping[Entry, float]
+    ) -> dict[Entry, Fit]:
         """Measure the plans against the dense model; predictions are multiplied by `factors`."""
         from converters.surgery import compact
 
         files = {"dense": self.directory / "dense.onnx"}
         if not files["dense"].exists():
             self.export(self.model, files["dense"])
-        for name, plan in plans.items():
-            files[f"{name} "] = self.directory / f"{name}.onnx"  # a member may be called dense
-            self.export(compact(self.model, plan, check_weights=False), files[f"{name} "])
+        for number, (entry, plan) in enumerate(plans.items()):
+            files[str(entry)] = self.directory / f"{number}.onnx"
+            self.export(compact(self.model, plan, check_weights=False), files[str(entry)])
         report = self.search.place.time(files, min_rounds=MIN_ROUNDS, progress=self.progress)
-        return {name: self._fit(report, name, plan, asked[name], factors[name]) for name, plan in plans.items()}
+        return {
+            entry: self._fit(report, entry, plan, asked[entry.name], factors[entry]) for entry, plan in plans.items()
+        }
 
-    def _fit(self, report: LatencyReport, name: str, plan: PrunePlan, asked: Target, factor: float) -> Fit:
-        table, dense, own = self.search.table, report["dense"].p50_ms, report[f"{name} "]
+    def _fit(self, report: LatencyReport, entry: Entry, plan: PrunePlan, asked: Target, factor: float) -> Fit:
+        table, dense, own = self.search.table, report["dense"].p50_ms, report[str(entry)]
         predicted = table.plan_ms(plan.counts(self.search.path.sites)) / table.dense_ms * dense
         budget: Measured = asked.budget  # type: ignore[assignment]
         return Fit(

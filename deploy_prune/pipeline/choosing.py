@@ -13,7 +13,7 @@ from deploy_prune.pipeline.setup import Setup
 from deploy_prune.plan import PrunePlan
 
 if TYPE_CHECKING:
-    from deploy_prune.latency.fitting import Search
+    from deploy_prune.latency.candidates import Search
     from deploy_prune.latency.measure import Export
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
@@ -75,7 +75,7 @@ def search_of(
     """What members are chosen from: the model's table at `place`, from the user's cache where it was measured before,
     and what its plans along the path lose on calibration data."""
     from deploy_prune.cache import cache_root
-    from deploy_prune.latency.fitting import Search
+    from deploy_prune.latency.candidates import Search
     from deploy_prune.latency.losses import loss_curve
     from deploy_prune.latency.measure import latency_table
 

@@ -19,6 +19,7 @@ from deploy_prune.architecture import weights_sha256
 from deploy_prune.cli.main import cli
 from deploy_prune.delta import TaskDelta, diff
 from deploy_prune.delta.fits import Dense, Sparse, at_random, largest, owners_of
+from deploy_prune.delta.gated import gated, opened
 from deploy_prune.delta.lora import adapters_of
 from deploy_prune.delta.phase import Phase
 from deploy_prune.delta.training import head_of
@@ -57,6 +58,27 @@ def test_gates_are_zero_one_or_between_as_often_as_their_formula_says():
     assert ((z >= 0) & (z <= 1)).all()
     assert float(DIFF.open_probability(torch.tensor(5.0))) == pytest.approx(1 / (1 + math.exp(-5)))
     assert DIFF.without_noise(torch.tensor([-9.0, 0.0, 9.0])).tolist() == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+def test_gates_in_pieces_give_the_values_and_gradients_of_their_formulas(monkeypatch):
+    monkeypatch.setattr("deploy_prune.delta.gated.PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    alpha = 4 * torch.randn(10, 33, generator=generator)
+    alpha[0, :4] = torch.tensor([-200.0, -90.0, 90.0, 200.0])
+    w, g = torch.randn(10, 33, generator=generator), torch.randn(10, 33, generator=generator)
+    torch.manual_seed(3)
+    u = torch.cat([torch.rand(len(piece)) for piece in torch.arange(330).split(64)]).view(10, 33)
+    torch.manual_seed(3)
+    found = []
+    for gates in (lambda w, a: (gated(DIFF, w, a), opened(DIFF, a)),
+                  lambda w, a: (DIFF.sampled(a, u) * w, DIFF.open_probability(a).sum())):  # fmt: skip
+        own_w, own_alpha = w.clone().requires_grad_(), alpha.clone().requires_grad_()
+        values = gates(own_w, own_alpha)
+        torch.autograd.backward(values, (g, torch.tensor(0.3)))
+        found.append([*values, own_w.grad, own_alpha.grad])
+    assert 0 < int((found[0][0] == 0).sum()) < 330 and torch.isfinite(found[0][3]).all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_structured_penalty_is_that_of_the_paper():

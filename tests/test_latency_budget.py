@@ -258,7 +258,7 @@ def test_the_paths_own_plan_and_the_best_of_the_others_are_measured(path: Soluti
     assert tuple(found) == WAYS
     assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
     for way in WAYS[:-1]:
-        picked = replace(search, loss_of=lambda plan, way=way: float(plan.keep != found[way].keep), _known=[])
+        picked = replace(search, loss_of=lambda plan, way=way: float(plan.keep != found[way].keep))
         finalists = picked.finalists(ASKED, 6.0)
         assert [plan.keep for plan in finalists.values()] == [found[way].keep, found[PATH].keep]
     assert list(search.finalists(ASKED, 6.0)) == [WAYS[0]]  # nothing tells them apart: only the first

@@ -6,13 +6,14 @@ A fit gives the model's tensors (`tensors`), its own trainable ones in groups (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploy_prune.adapters import find_sites
+from deploy_prune.delta.gated import gated, opened
 from deploy_prune.hard_concrete import DIFF
 from deploy_prune.layers import layer_at, width
 from deploy_prune.units import Site
@@ -41,19 +42,17 @@ class Dense:
         return [*found, {"params": gates, "lr": gate_lr}] if gates else found
 
     def tensors(self, *, training: bool) -> Tensors:
-        gate = _drawn if training else DIFF.without_noise
-        z_g = gate(self.group_alpha) if self.owners else None
-        return {name: t + self._difference(name, gate, z_g) for name, t in self.base.items()}
+        δ = self._drawn() if training else self.differences()
+        return {name: t + δ[name] for name, t in self.base.items()}
 
     def penalty(self) -> Tensor:
         """λ E‖δ‖₀ = λ Σ_i σ(α_i − c), in groups λ Σ_i σ(α_i − c) σ(α_g(i) − c), c = log(−l/r)."""
         if not self.alpha:
             return torch.zeros(())
+        if not self.owners:
+            return self.strength * torch.stack([opened(DIFF, alpha) for alpha in self.alpha.values()]).sum()
         open_g = DIFF.open_probability(self.group_alpha)
-        parts = [
-            (opened * open_g[self.owners[name]] if name in self.owners else opened).sum()
-            for name, opened in ((n, DIFF.open_probability(a)) for n, a in self.alpha.items())
-        ]
+        parts = [(DIFF.open_probability(a) * open_g[self.owners[n]]).sum() for n, a in self.alpha.items()]
         return self.strength * torch.stack(parts).sum()
 
     @torch.no_grad()
@@ -67,20 +66,24 @@ class Dense:
     @torch.no_grad()
     def differences(self) -> Tensors:
         """δ without noise."""
-        z_g = DIFF.without_noise(self.group_alpha) if self.owners else None
-        return {name: self._difference(name, DIFF.without_noise, z_g) for name in self.base}
+        return self._grouped(
+            {n: DIFF.without_noise(self.alpha[n]) * w if self.alpha else w for n, w in self.w.items()},
+            DIFF.without_noise,
+        )
 
-    def _difference(self, name: str, gate: Any, z_g: Tensor | None) -> Tensor:
-        δ = self.w[name]
-        if name in self.alpha:
-            δ = gate(self.alpha[name]) * δ
-        if z_g is not None and name in self.owners:
-            δ = z_g[self.owners[name]] * δ
-        return δ
+    def _drawn(self) -> Tensors:
+        """δ with fresh noise in its gates."""
+        return self._grouped(
+            {n: gated(DIFF, w, self.alpha[n]) if self.alpha else w for n, w in self.w.items()},
+            lambda alpha: DIFF.sampled(alpha, torch.rand_like(alpha)),
+        )
 
-
-def _drawn(alpha: Tensor) -> Tensor:
-    return DIFF.sampled(alpha, torch.rand_like(alpha))
+    def _grouped(self, differences: Tensors, gate: Callable[[Tensor], Tensor]) -> Tensors:
+        """Times the gate of each value's group."""
+        if not self.owners:
+            return differences
+        z_g = gate(self.group_alpha)
+        return {name: z_g[self.owners[name]] * δ for name, δ in differences.items()}
 
 
 class Whole:

@@ -47,7 +47,7 @@ class Phase:
     def __post_init__(self) -> None:
         self.trained = [p for group in self.groups for p in group["params"]]
         self._peaks = [group["lr"] for group in self.groups]
-        self._optimizer = torch.optim.Adam(self.groups)
+        self._optimizer = torch.optim.Adam(self.groups, fused=True)
 
     def run(self, saved: SavedState, progress: Progress) -> None:
         """All steps that are left, from the saved state where there is one."""

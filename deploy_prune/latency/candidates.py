@@ -36,7 +36,7 @@ class Search:
     kinds: tuple[str, ...]
     align: int
     loss_of: Callable[[PrunePlan], float] | None = None
-    _known: list[tuple[Any, float]] = field(default_factory=list, compare=False, repr=False)
+    _known: list[tuple[Any, float]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def options(self, steepness: float = 1.0) -> list[Options]:
         curve = self.curve.steeper(steepness)

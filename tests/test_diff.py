@@ -81,6 +81,16 @@ def test_gates_in_pieces_give_the_values_and_gradients_of_their_formulas(monkeyp
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_in_channels_last_and_without_values_have_gates_too():
+    base = {"conv": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), "none": torch.zeros(0, 5)}
+    dense = Dense(base, gated=True, alpha=0.5, strength=0.1)
+    dense.w["conv"].data.fill_(1.0)
+    (sum(t.sum() for t in dense.tensors(training=True).values()) + dense.penalty()).backward()
+    gradient = dense.alpha["conv"].grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    assert dense.penalty().item() == pytest.approx(0.1 * 48 / (1 + math.exp(-0.5)))
+
+
 def test_the_structured_penalty_is_that_of_the_paper():
     base = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
     owners = {"a": torch.tensor(0), "b": torch.tensor(1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.suite.__main__ import main, slug
-from bench.suite.checks import AHEAD, CHECKS
+from bench.suite.checks import AHEAD, CHECKS, TIMED
 from bench.suite.decoders import likely
 from bench.suite.jobs import Jobs
 from bench.suite.methods import SHARED, shared
@@ -71,13 +72,27 @@ def test_a_job_runs_once_in_another_process_and_raises_here_what_it_raised_there
         assert jobs["process",] not in (os.getpid(), os.getppid())
         with pytest.raises(ValueError, match="seven"):
             _ = jobs["wrong",]
-        assert jobs.waited > 0
+        jobs.settle()
+        assert jobs.waited > 0 and jobs.running() == 0
     finally:
         jobs.close()
 
 
-def test_only_checks_have_work_ahead() -> None:
-    assert AHEAD.keys() <= CHECKS.keys()
+def test_a_job_that_takes_too_long_is_given_up_and_ended() -> None:
+    jobs = Jobs(until=time.monotonic() + 0.1)
+    jobs.start(("long",), time.sleep, 600)
+    with pytest.raises(TimeoutError):
+        _ = jobs["long",]
+    jobs.settle()
+    assert jobs.running() == 1
+    began = time.monotonic()
+    jobs.close()
+    assert time.monotonic() - began < 60
+
+
+def test_what_waits_for_other_processes_has_begun_them_ahead() -> None:
+    assert {"search", "methods", "decoders"} <= AHEAD.keys() <= CHECKS.keys()
+    assert set(TIMED) <= CHECKS.keys()
 
 
 def test_halves_have_half_the_work_at_aligned_widths() -> None:

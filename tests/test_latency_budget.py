@@ -19,7 +19,7 @@ from bench.report import LatencyReport
 from deploy_prune.errors import BudgetError, UsageError
 from deploy_prune.latency import fitting
 from deploy_prune.latency.candidates import PATH, WAYS, Search, plan_within
-from deploy_prune.latency.choice import Options, choose, counts_of, options_of
+from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
 from deploy_prune.latency.fitting import fit_plans, limit_of
 from deploy_prune.latency.losses import LossCurve, loss_curve, non_decreasing, site_losses
 from deploy_prune.latency.measure import latency_table
@@ -262,6 +262,33 @@ def test_the_paths_own_plan_and_the_best_of_the_others_are_measured(path: Soluti
         finalists = picked.finalists(ASKED, 6.0)
         assert [plan.keep for plan in finalists.values()] == [found[way].keep, found[PATH].keep]
     assert list(search.finalists(ASKED, 6.0)) == [WAYS[0]]  # nothing tells them apart: only the first
+
+
+def test_milliseconds_are_kept_on_a_machine_that_has_become_slower(tiny_vit, path, clockwork, monkeypatch) -> None:
+    table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
+    monkeypatch.setattr(Clockwork, "drift", 1.13)
+    monkeypatch.setattr(Clockwork, "slow", "")  # all, the dense model too
+    search = replace(a_search(path, table), place=clockwork)
+    _, fits = fit_plans(search, {"x": ("latency", table.dense_ms / 1.5)}, tiny_vit, size_as_time)
+    assert fits["x"].corrected and fits["x"].met
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
+    assert fits["x"].met and not fits["x"].corrected
+
+
+def test_what_is_out_of_reach_as_measured_says_what_is_and_what_was_measured(
+    tiny_vit, path, clockwork, monkeypatch
+) -> None:
+    table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
+    search = replace(a_search(path, table), place=clockwork)
+    fastest = table.rest_ms + fastest_ms(search.options())
+    target = {"x": ("speedup", 0.995 * table.dense_ms / fastest)}
+    monkeypatch.setattr(Clockwork, "drift", 1.025)
+    _, fits = fit_plans(search, target, tiny_vit, size_as_time)
+    assert fits["x"].met and not fits["x"].corrected  # there is none faster, and it is near enough
+    monkeypatch.setattr(Clockwork, "drift", 1.3)
+    with pytest.raises(BudgetError, match=r"best reachable.*") as error:
+        fit_plans(search, target, tiny_vit, size_as_time)
+    assert "ms measured" in str(error.value) and "as measured" in str(error.value)
 
 
 @pytest.mark.parametrize("taken", [0, -1])

@@ -29,7 +29,8 @@ RESERVE = 20.0  # a check is not begun with less left
 )
 def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
     from bench.environment import cpu_model, environment, gpu_name
-    from bench.suite.checks import AHEAD, CHECKS, Bench
+    from bench.suite.checks import AHEAD, CHECKS, TIMED, Bench
+    from bench.suite.jobs import Jobs
     from deploy_prune.errors import DeployPruneError, UnavailableError, UsageError, did_you_mean
     from deploy_prune.files import read_json, write_json
 
@@ -47,12 +48,15 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
         summary["checks"] = read_json(out / place / "summary.json")["checks"]
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
         runtime = "ort-cpu" if small else "ort-cuda"
-        bench = Bench(small, "cpu" if small else "cuda", runtime, Path(scratch), 0.05 if small else 0.3)
+        jobs = Jobs(began + limit)
+        bench = Bench(small, "cpu" if small else "cuda", runtime, Path(scratch), 0.05 if small else 0.3, jobs)
         for name in names or CHECKS:
             if name in AHEAD:
                 AHEAD[name](bench)
         for name in names or CHECKS:
-            waited = bench.jobs.waited
+            if name in TIMED:
+                jobs.settle()
+            waited, beside = jobs.waited, jobs.running()
             spent = time.monotonic() - began
             if limit - spent < RESERVE:
                 summary["checks"][name] = {
@@ -74,12 +78,12 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
             seconds = round(time.monotonic() - began - spent, 1)
             write_json(
                 _made(out / place) / f"{name}.json",
-                {"check": name, "state": state, "seconds": seconds, "environment": at, **found},
+                {"check": name, "state": state, "seconds": seconds, "jobs_beside": beside, "environment": at, **found},
             )
             summary["checks"][name] = {
                 "state": state,
                 "seconds": seconds,
-                "waited": round(bench.jobs.waited - waited, 1),  # for the CPU's part, of these seconds
+                "waited": round(jobs.waited - waited, 1),  # for the CPU's part, of these seconds
             }
             click.echo(f"{name}: {state} in {seconds:.1f} s" + (f": {found['error']}" if state == "failed" else ""))
         bench.jobs.close()

@@ -29,9 +29,9 @@ class Bench:
     runtime: str
     directory: Path
     seconds: float
+    jobs: Jobs
     members: dict[str, tuple[Subject, nn.Module, Member]] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
-    jobs: Jobs = field(default_factory=Jobs)
 
     def begin(self) -> dict[str, Any]:
         """A check's results, which are kept also when it fails later."""

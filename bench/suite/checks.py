@@ -255,6 +255,7 @@ CHECKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "decoders": decoders,
     "table": table,
 }
+TIMED = ("family", "family-fp16", "family-graphs", "fp16", "variants", "table")  # nothing may run beside them
 # What other processes begin before the first check begins.
 AHEAD: Mapping[str, Callable[[Bench], None]] = {
     "search": default_ahead,

@@ -25,8 +25,10 @@ OPTIONS: dict[str, dict[str, Any]] = {"structural-diff": {"steps": 20}}
 
 @dataclass
 class Found:
-    """What one device found: a path of each search, a model's outputs after each correction, why others failed."""
+    """What one device found: a path of each search, a model's outputs after each correction of `plan`, why others
+    failed."""
 
+    plan: PrunePlan
     paths: dict[str, SolutionPath] = field(default_factory=dict)
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -70,11 +72,15 @@ def every_method(bench: Bench) -> dict[str, Any]:
     own = all_on(bench.device)
     expected: Found = bench.jobs["methods",]
     result, failed = bench.begin(), []
-    for where, found in (("cpu", expected), (bench.device, own)):
-        failed += [f"{name} on {where}: {why}" for name, why in found.failures.items()]
+    for where, found in {"cpu": expected, bench.device: own}.items():
+        for name, why in found.failures.items():
+            result.setdefault(name, {})[f"failed on {where}"] = why
+            failed.append(f"{name} on {where}: {why}")
+    if own.plan.keep != expected.plan.keep:
+        failed.append("the corrections are of different plans: the search on the CPU differs between processes")
     for name in own.paths.keys() & expected.paths.keys():
         common = shared(own.paths[name].plan(0.4), expected.paths[name].plan(0.4))
-        result[name] = {"units shared": common}
+        result.setdefault(name, {})["units shared"] = common
         if common < SHARED:
             failed.append(f"{name}: only {common:.1%} of the units are shared")
     for how in own.outputs.keys() & expected.outputs.keys():
@@ -88,22 +94,23 @@ def every_method(bench: Bench) -> dict[str, Any]:
 
 
 def all_on(device: str) -> Found:
-    """Every search and every correction, those of the latter along the Fisher search's path on the CPU."""
+    """Every search and every correction, the latter of the plan that the Fisher search finds on the CPU."""
     from deploy_prune.compensation import COMPENSATIONS
     from deploy_prune.methods import METHODS
 
-    found = Found()
-    dense, task = digits(device, epochs=2)
+    dense, task = digits("cpu", epochs=2)
+    fisher = _path(dense, task, "fisher")
+    found = Found(fisher.plan(0.4))
+    dense = dense.to(device)
     for name in METHODS:
         try:
             found.paths[name] = _path(dense, task, name)
-        except (DeployPruneError, RuntimeError) as error:
+        except (DeployPruneError, RuntimeError, ValueError) as error:
             found.failures[name] = repr(error)
-    fisher = _path(dense.cpu(), task, "fisher")
     for how in COMPENSATIONS:
         try:
             found.outputs[how] = _answers(_corrected(dense.to(device), task, fisher, how), task)
-        except (DeployPruneError, RuntimeError) as error:
+        except (DeployPruneError, RuntimeError, ValueError) as error:
             found.failures[f"correction {how}"] = repr(error)
     return found
 

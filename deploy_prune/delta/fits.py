@@ -24,13 +24,14 @@ Tensors = dict[str, Tensor]
 class Dense:
     """δ = w (l1), or δ = z ⊙ w with a gate z for every value (l0), and one more for its group (structured).
 
-    `base` are the tensors that may change; `owners` by name, broadcastable to the tensor, the group of every value.
+    `base` are the tensors that may change; `owners` by name, broadcastable to the tensor, the group of every value, of
+    all tensors or of none.
     """
 
     def __init__(self, base: Tensors, *, gated: bool, alpha: float, strength: float, owners: Tensors | None = None):
         self.base, self.strength = base, strength
-        self.w = {name: torch.zeros_like(t).requires_grad_() for name, t in base.items()}
-        self.alpha = {n: torch.full_like(t, alpha).requires_grad_() for n, t in base.items()} if gated else {}
+        self.w = {name: _filled(t, 0.0) for name, t in base.items()}
+        self.alpha = {name: _filled(t, alpha) for name, t in base.items()} if gated else {}
         self.owners = owners or {}
         count = 1 + max((int(o.max()) for o in self.owners.values()), default=-1)
         some = next(iter(base.values()))
@@ -84,6 +85,11 @@ class Dense:
             return differences
         z_g = gate(self.group_alpha)
         return {name: z_g[self.owners[name]] * δ for name, δ in differences.items()}
+
+
+def _filled(like: Tensor, value: float) -> Tensor:
+    """To be trained; contiguous, whatever the strides of a weight in channels_last or transposed."""
+    return torch.full_like(like, value, memory_format=torch.contiguous_format).requires_grad_()
 
 
 class Whole:

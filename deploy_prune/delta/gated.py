@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deploy_prune.hard_concrete import HardConcrete
 
+NOISE = 2  # the way noise is drawn: a training goes on only with the same
 PIECE = 1 << 16  # values: a few of them fit into the cache of a core
 
 
 def gated(gate: HardConcrete, w: Tensor, alpha: Tensor) -> Tensor:
     """z ⊙ w with fresh noise, differentiable in both: `gate.sampled(alpha, u) * w`, u uniform.
 
-    With the temperature β = 1 and t = (1/u − 1) e^−α,
+    With the temperature β = 1 and t = e^−α (1 − u) / u,
 
         s = σ(log u − log(1 − u) + α) = 1 / (1 + t),   ∂s/∂α = s (1 − s)
     """
-    if gate.temperature != 1.0:
+    if gate.temperature != 1.0 or alpha.dtype in (torch.float16, torch.bfloat16):  # near u = 1 these lose 1 − u
         return gate.sampled(alpha, torch.rand_like(alpha)) * w
     found: Tensor = _Gated.apply(w, alpha, gate)
     return found
@@ -43,9 +45,9 @@ class _Gated(torch.autograd.Function):
         s, found = torch.empty_like(alpha), torch.empty_like(alpha)
         for own_s, own_w, own_alpha, own in _pieces(s, w, alpha, found):
             torch.rand(own_s.shape, out=own_s)
-            own_s.clamp_(gate.edge, 1 - gate.edge).reciprocal_().sub_(1).mul_(torch.exp(-own_alpha)).add_(
-                1
-            ).reciprocal_()
+            own_s.clamp_(gate.edge, 1 - gate.edge)
+            odds = (1 - own_s).div_(own_s)
+            torch.mul(odds, torch.exp(-own_alpha), out=own_s).add_(1).reciprocal_()
             torch.mul(own_s, gate.high - gate.low, out=own)
             own.add_(gate.low).clamp_(0, 1).mul_(own_w)
         ctx.save_for_backward(w, s)
@@ -53,6 +55,7 @@ class _Gated(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (g,) = gradients
         w, s = ctx.saved_tensors
@@ -72,9 +75,11 @@ class _Opened(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, shift: float) -> Tensor:
         ctx.save_for_backward(alpha)
         ctx.shift = shift
-        return torch.stack([torch.sigmoid(own - shift).sum() for (own,) in _pieces(alpha)]).sum()
+        sums = [torch.sigmoid(own - shift).sum() for (own,) in _pieces(alpha)]
+        return torch.stack(sums).sum() if sums else alpha.new_zeros(())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (g,) = gradients
         (alpha,) = ctx.saved_tensors

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from deploy_prune.architecture import weights_sha256
 from deploy_prune.delta import fits
 from deploy_prune.delta.fits import Tensors
+from deploy_prune.delta.gated import NOISE
 from deploy_prune.delta.lora import adapters_of
 from deploy_prune.delta.options import DiffOptions
 from deploy_prune.delta.phase import Phase
@@ -259,6 +260,7 @@ class _Training:
             self.task.describe(),
             self.seed,
             torch.__version__,
+            NOISE,
         ]
         return json.dumps(parts, sort_keys=True)
 

@@ -60,15 +60,15 @@ class Search:
     def finalists(self, asked: Target, limit_ms: float) -> dict[str, PrunePlan]:
         """The path's own plan and the one that loses least of the others: the table may be off by more for the one
         than for the other, so that both are measured. Raises BudgetError when no plan is within the limit."""
-        found = self.candidates(asked, limit_ms)
         if self.loss_of is None:
-            return {WAYS[0]: found[WAYS[0]]}
-        own = {PATH: found.pop(PATH)} if PATH in found else {}
+            return {WAYS[0]: plan_within(self, self.options(STEEPNESSES[0]), asked, limit_ms)}
+        found = self.candidates(asked, limit_ms)
+        own = found.pop(PATH, None)
         way = self.least(found)
-        return {way: found[way], **own}
+        return {way: found[way]} if own is None or own.keep == found[way].keep else {way: found[way], PATH: own}
 
     def least(self, plans: Mapping[str, PrunePlan]) -> str:
-        """The way whose plan loses least, measured where `loss_of` is given."""
+        """The way whose plan loses least by `loss_of`; of a single one it is not asked."""
         return min(plans, key=lambda way: self._lost(plans[way])) if len(plans) > 1 else next(iter(plans))
 
     def _lost(self, plan: PrunePlan) -> float:

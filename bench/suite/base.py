@@ -50,6 +50,10 @@ class Bench:
             self.members[name] = (subject, dense, half_of(dense, subject.signature, self.align))
         return self.members[name]
 
+    def cells(self, subject: Subject) -> tuple[tuple[int, int | None], ...]:
+        """Where a model is timed; small, in one cell alone."""
+        return subject.cells[-1:] if self.small else subject.cells
+
     @property
     def graphs(self) -> str:
         """The runtime that replays CUDA graphs; without a GPU the plain one again."""

@@ -108,7 +108,7 @@ def variants(bench: Bench) -> dict[str, Any]:
     cells = []
     for subject in subjects(bench.small):
         files = {form: bench.files[subject.name, form, "fp16"] for form in FORMS}
-        for batch, sequence in subject.cells[:2]:
+        for batch, sequence in bench.cells(subject)[:2]:
             inputs = make_inputs(graph_inputs(files["plain"]), batch=batch, sequence=sequence)
             sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
             report = measure(files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds, sessions=2)
@@ -211,7 +211,7 @@ def _cells(
     cells = []
     for subject in subjects(bench.small):
         files = bench.files.members(subject.name, precision)
-        for batch, sequence in subject.cells:
+        for batch, sequence in bench.cells(subject):
             if largest is not None and batch * max(1, (sequence or 0) // 128) > largest:
                 continue
             inputs = make_inputs(graph_inputs(files["dense"]), batch=batch, sequence=sequence)

@@ -47,7 +47,7 @@ class Jobs:
 
     def close(self) -> None:
         """End what still runs."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=not self.running(), cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 

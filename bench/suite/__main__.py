@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
     summary: dict[str, Any] = {"device": place, "small": small, "environment": here, "checks": {}}
     if names and (out / place / "summary.json").is_file():  # some checks again: the others' results stay
         summary["checks"] = read_json(out / place / "summary.json")["checks"]
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch,
+        closing(Jobs(began + limit)) as jobs,  # ended whatever happens, before their directory goes
+    ):
         runtime = "ort-cpu" if small else "ort-cuda"
-        jobs = Jobs(began + limit)
         bench = Bench(small, "cpu" if small else "cuda", runtime, Path(scratch), 0.05 if small else 0.3, jobs)
         for name in names or CHECKS:
             if name in AHEAD:
@@ -86,7 +89,6 @@ def main(out: Path, small: bool, names: tuple[str, ...], limit: float) -> None:
                 "waited": round(jobs.waited - waited, 1),  # for the CPU's part, of these seconds
             }
             click.echo(f"{name}: {state} in {seconds:.1f} s" + (f": {found['error']}" if state == "failed" else ""))
-        bench.jobs.close()
     summary["seconds"] = round(sum(check.get("seconds", 0) for check in summary["checks"].values()), 1)
     write_json(_made(out / place) / "summary.json", summary)
     sys.exit(0 if all(check["state"] == "passed" for check in summary["checks"].values()) else 1)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.graph import Initializers, account, foreign_nodes, name_dimensions, simplify
-from converters.translations import translations
+from converters.tracing import trace
 from converters.variants import VARIANTS
 from deploy_prune.errors import UnsupportedModelError, UsageError
 from deploy_prune.files import atomic_file, atomic_siblings, sha256_file
 
 if TYPE_CHECKING:
     import onnx
-    from torch import Tensor, nn
+    from torch import nn
 
     from converters.variants import Variant
     from deploy_prune.signature import Signature
@@ -88,8 +87,7 @@ def export_onnx(
     if opset < 18:
         raise UsageError("opset too old", expected="18 or newer", got=str(opset))
     _check_float32(model)
-    exported = _trace(model, signature, {**EXAMPLE_SIZES, **(example_sizes or {})}, opset)
-    _own_names(exported, model)
+    exported = trace(model, signature, {**EXAMPLE_SIZES, **(example_sizes or {})}, opset)
     parameters = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     buffers = {name: b.numel() * b.element_size() for name, b in model.named_buffers()}
     simplify(exported, set(parameters), variant)
@@ -136,104 +134,6 @@ def _check_float32(model: nn.Module) -> None:
         raise UsageError(
             "export takes float32 weights", problems=wrong[:20], remedy="Load the model with dtype=torch.float32."
         )
-
-
-def _trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], opset: int) -> Any:
-    """The onnx-ir model of the traced function, not yet simplified."""
-    import torch
-
-    device = next(model.parameters()).device
-    inputs = signature.random_inputs(sizes, seed=0)
-    args = tuple(inputs[spec.name].to(device) for spec in signature.inputs)
-    dynamic = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
-        for spec in signature.inputs
-    )
-    try:
-        with _evaluating(model), torch.no_grad(), _without_treespec_warning():
-            program = torch.export.export(_function(model, signature), args, dynamic_shapes=(dynamic,), strict=False)
-            result = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[spec.name for spec in signature.outputs],
-                custom_translation_table=translations(),
-            )
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
-        raise UnsupportedModelError(
-            f"cannot trace {type(model).__name__}",
-            got=_root_cause(error),
-            remedy="The forward must not branch on tensor values and must accept any size the signature names.",
-        ) from error
-    assert result is not None
-    return result.model
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first error of a chain; the exporter wraps it in several screens of advice to its own developers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()[:600]}"
-
-
-def _function(model: nn.Module, signature: Signature) -> nn.Module:
-    """A module around `signature.call` with one positional argument per input."""
-    from torch import nn
-
-    class Function(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-            inputs = dict(zip((s.name for s in signature.inputs), tensors, strict=True))
-            return (signature.call_all or signature.call)(self.model, inputs)
-
-    function = Function()
-    function.training = False  # not eval(), which would visit the model
-    return function
-
-
-def _own_names(exported: Any, model: nn.Module) -> None:
-    """Drop the wrapper's prefix from initialisers and give tied weights the name `named_parameters` uses."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    canonical = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    graph = exported.graph
-    values = list(graph.initializers.values())
-    graph.initializers.clear()
-    for value in values:
-        own = value.name.removeprefix("model.")
-        own = canonical.get(own, own)
-        if own in graph.initializers:
-            value.replace_all_uses_with(graph.initializers[own])
-        else:
-            value.name = own
-            graph.register_initializer(value)
-
-
-@contextlib.contextmanager
-def _without_treespec_warning() -> Iterator[None]:
-    """torch 2.11's own exporter copies a class that torch 2.11 calls deprecated, and says so to our users."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode within the block, and as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _sign(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None:

@@ -1,4 +1,5 @@
-"""Torch operators whose stock ONNX translation wastes work at run time, translated leaner."""
+"""Torch operators whose stock ONNX translation wastes work at run time, translated leaner, and common ones that have
+none, for which the whole program would have to be decomposed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The `custom_translation_table` of `torch.onnx.export`."""
     import torch
 
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    aten = torch.ops.aten
+    return {
+        aten.scaled_dot_product_attention.default: attention,
+        aten.__and__.Tensor: both,
+        aten.to.dtype: cast,
+        aten.to.dtype_layout: cast,
+        aten.to.device: cast_on,
+    }
 
 
 def attention(
@@ -62,6 +70,28 @@ def attention(
     if grouped:
         out = op.Reshape(out, op.Constant(value_ints=[0, heads, -1, value_width]))
     return out
+
+
+def both(self: Any, other: Any) -> Any:
+    """a & b of two boolean tensors; a mask of masks."""
+    import onnx_ir as ir
+    from onnxscript import opset18 as op
+
+    if self.dtype != ir.DataType.BOOL or other.dtype != ir.DataType.BOOL:
+        return op.BitwiseAnd(self, other)
+    return op.And(self, other)
+
+
+def cast(self: Any, dtype: int | None = None, *args: Any, **options: Any) -> Any:
+    """`self.to(dtype)`, of nothing to do no node. How it lies in memory is nothing to a graph."""
+    from onnxscript import opset18 as op
+
+    return op.Identity(self) if dtype in (None, self.dtype) else op.Cast(self, to=dtype)
+
+
+def cast_on(self: Any, device: Any, dtype: int | None = None, *args: Any, **options: Any) -> Any:
+    """`self.to(device, dtype)`; a graph has no devices."""
+    return cast(self, dtype)
 
 
 def _causal(query: Any, key: Any) -> Any:

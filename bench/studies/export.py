@@ -75,9 +75,9 @@ def torch_exporters(work: Work) -> None:
     """torch.onnx.export as its documentation says."""
     import torch
 
-    from converters.onnx_export import _function
+    from converters.tracing import as_module
 
-    function = _function(work.model, work.signature)
+    function = as_module(work.model, work.signature)
     inputs = work.signature.random_inputs(work.sizes(), seed=0)
     names, out = list(inputs), work.signature.output
     axes = {s.name: {i: d for i, d in enumerate(s.shape) if isinstance(d, str)} for s in work.signature.inputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,15 @@ def process_threads_stay() -> Iterator[None]:
         left = torch.get_num_threads()
         torch.set_num_threads(before)
         pytest.fail(f"torch had {before} threads before the test and has {left} after it")
+
+
+@pytest.fixture(autouse=True)
+def exporter_reads_its_translations_once() -> Iterator[None]:
+    """torch's exporter parses the sources of its 500 translations at every export, which takes a second; here once."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if name.startswith("onnxscript._framework_apis.torch_") and not hasattr(module.get_torchlib_ops, "cache_info"):
+            module.get_torchlib_ops = functools.cache(module.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")

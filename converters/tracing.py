@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converters.translations import translations
@@ -14,6 +14,7 @@ from deploy_prune.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
     from deploy_prune.signature import Signature
 
@@ -53,6 +54,7 @@ def _translated(program: ExportedProgram, signature: Signature, opset: int) -> A
     import torch
 
     decompose = program.run_decompositions
+    decomposed = False
 
     def export() -> Any:
         result = torch.onnx.export(
@@ -69,30 +71,59 @@ def _translated(program: ExportedProgram, signature: Signature, opset: int) -> A
         assert result is not None
         return result.model
 
-    def where_needed(table: Mapping[Any, Callable[..., Any]] | None = None, **options: Any) -> ExportedProgram:
-        return decompose(table, **options) if _decomposes(program, table or {}) else program
+    def where_needed(decomp_table: Mapping[Any, Any] | None = None, **options: Any) -> ExportedProgram:
+        nonlocal decomposed
+        decomposed = decomp_table is None or _decomposes(program, decomp_table)
+        return decompose(decomp_table, **options) if decomposed else program
 
     program.run_decompositions = where_needed  # type: ignore[method-assign,assignment]
     try:
         return export()
-    except torch.onnx.OnnxExporterError:  # an operator that neither the table nor ONNX knows: it is made of others
+    except torch.onnx.OnnxExporterError:
+        if decomposed:
+            raise
         program.run_decompositions = decompose  # type: ignore[method-assign]
-        return export()
+        return export()  # an operator that neither the table nor ONNX knows: it is made of others
 
 
 def _decomposes(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
-    """Whether the program has operators of `table`, or such as work in place or on other graphs, which the
-    decomposition makes plain."""
+    """Whether the program must be decomposed: it has operators of `table`, which ONNX lacks, or such as work in place
+    or hold other graphs, or composite views, which torch always decomposes: some have translations that are wrong.
+    """
     import torch
 
     for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.target in table:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
             return True
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return True
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            if node.target in table or schema.is_mutable:
+                return True
+            view = any(argument.alias_info for argument in schema.arguments)
+            if view and node.target._can_decompose() and not _is_plain_view(node):
+                return True
     return False
+
+
+def _is_plain_view(node: Node) -> bool:
+    """Whether a composite view is one whose translation is right and no worse than that of its parts."""
+    import torch
+
+    aten = torch.ops.aten
+    if node.target is aten.chunk.default:  # even ones, of a known size
+        source, count, dim = (*node.args, 0)[:3]
+        size: Any = source.meta["val"].shape[dim]  # type: ignore[union-attr,index]
+        return isinstance(size, int) and isinstance(count, int) and count > 1 and size % count == 0
+    return node.target in {
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.contiguous.default,
+        aten.view_as.default,
+        aten.expand_as.default,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+    }
 
 
 def as_module(model: nn.Module, signature: Signature) -> nn.Module:

@@ -73,20 +73,25 @@ def attention(
 
 
 def both(self: Any, other: Any) -> Any:
-    """a & b of two boolean tensors; a mask of masks."""
+    """a & b of booleans, as masks are joined, or of the bits of integers; of unlike types in the one torch gives."""
     import onnx_ir as ir
+    import torch
     from onnxscript import opset18 as op
 
-    if self.dtype != ir.DataType.BOOL or other.dtype != ir.DataType.BOOL:
-        return op.BitwiseAnd(self, other)
-    return op.And(self, other)
+    examples = [torch.empty([1] * len(x.shape), dtype=getattr(torch, x.dtype.name.lower())) for x in (self, other)]
+    to = ir.DataType[str(torch.result_type(*examples)).removeprefix("torch.").upper()]
+    self, other = (x if x.dtype == to else op.Cast(x, to=to) for x in (self, other))
+    return op.And(self, other) if to == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
 
 def cast(self: Any, dtype: int | None = None, *args: Any, **options: Any) -> Any:
-    """`self.to(dtype)`, of nothing to do no node. How it lies in memory is nothing to a graph."""
+    """`self.to(dtype)`; how it lies in memory is nothing to a graph."""
+    import onnx_ir as ir
     from onnxscript import opset18 as op
 
-    return op.Identity(self) if dtype in (None, self.dtype) else op.Cast(self, to=dtype)
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        raise ValueError("ONNX casts no complex numbers")  # as parts of real ones, once decomposed
+    return op.Identity(self) if dtype is None else op.Cast(self, to=dtype)
 
 
 def cast_on(self: Any, device: Any, dtype: int | None = None, *args: Any, **options: Any) -> Any:

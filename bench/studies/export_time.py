@@ -3,8 +3,9 @@
     python -m bench.studies.export_time vit-tiny-imagenet --out FILE.json
 
 `ours` is `export_onnx` whole: trace, graph passes, check and file. `decomposed` is the same where every program is
-decomposed, as torch.onnx.export does (with our translations). `torch` is torch.onnx.export with dynamo and its optimisation, to a file. Each is
-done once unmeasured and then `--repeats` times, in turn; the figures are medians of CPU seconds of the process.
+decomposed, as torch.onnx.export does, with our translations. `torch` is torch.onnx.export with dynamo and its
+optimisation, to a file. Each is done once unmeasured and then `--repeats` times, in turn; the figures are medians of
+CPU seconds of the process.
 """
 
 from __future__ import annotations

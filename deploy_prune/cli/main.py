@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import click
 
-from deploy_prune import distributed
+from deploy_prune import distributed, interrupts
 from deploy_prune.errors import DeployPruneError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.version import __version__
 
@@ -137,7 +136,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code, with every failure explained on stderr."""
-    previous = _interrupt_on_sigterm()
+    with interrupts.remembered():
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         refuse_shadowed_packages()
         if distributed.launched() > 1:
@@ -168,9 +171,6 @@ def run_command(args: Sequence[str] | None = None) -> int:
             return _fail(str(known), known.exit_code, known)
         traceback.print_exc()
         return _fail("This is a bug in deploy-prune: please report it with the lines above.", EXIT_BUG)
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _environment_failure(error: Exception) -> UnavailableError | None:
@@ -199,18 +199,6 @@ def _out_of_memory(error: BaseException) -> UnavailableError:
         remedy="Use a smaller batch or fewer examples (search.batch_size, refit.examples); "
         "`--resume` goes on from the last whole stage.",
     )
-
-
-def _interrupt_on_sigterm() -> Any:
-    """Let SIGTERM (a cancelled CI job) clean up as Ctrl-C does; None outside the main thread."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        return signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # only the main thread may set handlers
-        return None
 
 
 def _join_processes(args: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy_prune import distributed
+from deploy_prune import distributed, interrupts
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 from deploy_prune.files import (
     TEMPORARY,
@@ -87,6 +87,7 @@ class Workspace:
                 with scratch_directory() as scratch:
                     work(scratch)
             done = distributed.from_main(lambda: self._make(name, directory, wanted, work))
+        interrupts.check()
         self.stages.append(done)
         return done
 

@@ -30,13 +30,10 @@ def trace(model: nn.Module, signature: Signature, sizes: Mapping[str, int], opse
     device = next(model.parameters()).device
     inputs = signature.random_inputs(sizes, seed=0)
     args = tuple(inputs[spec.name].to(device) for spec in signature.inputs)
-    dynamic = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
-        for spec in signature.inputs
-    )
     try:
         with _evaluating(model), torch.no_grad(), _without_treespec_warning(), _uncollected():
-            program = torch.export.export(as_module(model, signature), args, dynamic_shapes=(dynamic,), strict=False)
+            function = as_module(model, signature)
+            program = torch.export.export(function, args, dynamic_shapes=dynamic_shapes(signature), strict=False)
             exported = _translated(program, signature, opset)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
         raise UnsupportedModelError(
@@ -124,6 +121,14 @@ def _is_plain_view(node: Node) -> bool:
         aten.to.dtype_layout,
         aten.to.device,
     }
+
+
+def dynamic_shapes(signature: Signature) -> Any:
+    """The `dynamic_shapes` of torch's exporters for `as_module`: every dimension that the signature names is free."""
+    import torch
+
+    free = torch.export.Dim.DYNAMIC
+    return (tuple({i: free for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs),)
 
 
 def as_module(model: nn.Module, signature: Signature) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Protocol, TypeVar
 
+from deploy_prune import interrupts
+
 T = TypeVar("T")
 
 
@@ -24,13 +26,14 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Listens to nothing."""
+    """Listens to nothing; as every listener of the command line, it lets no interrupt pass."""
 
     def start(self, total: int | None, label: str) -> None:
         del total, label
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         del steps, note
+        interrupts.check()
 
     def finish(self) -> None:
         return

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from deploy_prune import interrupts
+from deploy_prune.cli.console import BarProgress, LineProgress
 from deploy_prune.pipeline.workspace import open_workspace
+from deploy_prune.progress import NoProgress
 
 
 class Thing:
@@ -50,6 +52,22 @@ def test_a_signal_that_python_dropped_is_raised_by_the_next_check(signum):
             interrupts.check()
     with interrupts.remembered():
         interrupts.check()  # forgotten
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("listener", [NoProgress, LineProgress, BarProgress])
+def test_every_step_of_a_progress_checks(listener):
+    progress = listener()
+    with interrupts.remembered():
+        progress.start(2, "work")
+        progress.advance()
+        interrupted_where_python_drops_it(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            progress.advance()
+        progress.finish()
+    progress.start(2, "other work of the process")
+    progress.advance()  # what ended the command is none of its business
+    progress.finish()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -75,7 +75,7 @@ def torch_exporters(work: Work) -> None:
     """torch.onnx.export as its documentation says."""
     import torch
 
-    from converters.tracing import as_module
+    from converters.tracing import as_module, dynamic_shapes
 
     function = as_module(work.model, work.signature)
     inputs = work.signature.random_inputs(work.sizes(), seed=0)
@@ -83,7 +83,6 @@ def torch_exporters(work: Work) -> None:
     axes = {s.name: {i: d for i, d in enumerate(s.shape) if isinstance(d, str)} for s in work.signature.inputs}
 
     def dynamo(opset: int, file: Path) -> None:
-        shapes = (tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in names),)
         made = torch.onnx.export(
             function,
             tuple(inputs.values()),
@@ -91,7 +90,7 @@ def torch_exporters(work: Work) -> None:
             opset_version=opset,
             input_names=names,
             output_names=[out.name],
-            dynamic_shapes=shapes,
+            dynamic_shapes=dynamic_shapes(work.signature),
             verbose=False,
         )
         assert made is not None

@@ -87,19 +87,16 @@ def _torch(model: nn.Module, signature: Signature, file: Path) -> None:
     import torch
 
     from converters.onnx_export import EXAMPLE_SIZES
-    from converters.tracing import as_module
+    from converters.tracing import as_module, dynamic_shapes
 
     inputs = signature.random_inputs(EXAMPLE_SIZES, seed=0)
-    free = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs
-    )
     torch.onnx.export(
         as_module(model, signature),
         tuple(inputs[spec.name] for spec in signature.inputs),
         file,
         dynamo=True,
         opset_version=OPSET,
-        dynamic_shapes=(free,),
+        dynamic_shapes=dynamic_shapes(signature),
         external_data=False,
         verbose=False,
     )

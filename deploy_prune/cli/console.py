@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deploy_prune import interrupts
 from deploy_prune.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class LineProgress:
         self._started = self._printed = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
+        interrupts.check()
         now = time.monotonic()
         if self._done == 0 and now - self._started < AT_ONCE:
             self._before = steps
@@ -192,6 +194,7 @@ class BarProgress:
         self._task, self._begun = self._bar.add_task(label, total=total, note=""), time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
+        interrupts.check()
         if self._bar is None:
             return
         if self._bar.tasks[0].completed == 0 and time.monotonic() - self._begun < AT_ONCE:

@@ -14,14 +14,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.contention import between, snapshot
 from bench.environment import environment
+from bench.inputs import GraphInput, make_inputs
 from bench.report import LatencyReport, summarise
-from bench.runtimes import Bound, Runtime, get_runtime
+from bench.runtimes import Bound, Runtime, Session, get_runtime
 from bench.samples import Samples
 from deploy_prune.errors import UsageError
 from deploy_prune.progress import SILENT, Progress
@@ -61,12 +62,40 @@ class Schedule:
     settle: bool
 
 
+@dataclass(frozen=True)
+class Cell:
+    """The inputs that models are timed on; `sizes` names their dynamic dimensions for the report, by default the batch,
+    from the first dimension of the inputs."""
+
+    inputs: Mapping[str, np.ndarray]
+    sizes: Mapping[str, int] | None = None
+
+    @staticmethod
+    def made(specs: Sequence[GraphInput], batch: int, sequence: int | None, seed: int = 0) -> Cell:
+        """Random inputs of these sizes. Raises as `bench.inputs.make_inputs`."""
+        inputs = make_inputs(specs, batch=batch, sequence=sequence, seed=seed)
+        return Cell(inputs, {"batch": batch} | ({} if sequence is None else {"sequence": sequence}))
+
+    def named(self) -> dict[str, int]:
+        return dict(self.sizes) if self.sizes else {"batch": int(next(iter(self.inputs.values())).shape[0])}
+
+
 def measure(
     candidates: Mapping[str, Path | str],
     inputs: Mapping[str, np.ndarray],
     *,
-    runtime: str | Runtime = "ort-cpu",
     sizes: Mapping[str, int] | None = None,
+    **options: Any,
+) -> LatencyReport:
+    """Latency of every candidate on the same inputs: `measure_cells` of one cell, with its options and errors."""
+    return measure_cells(candidates, [Cell(inputs, sizes)], **options)[0]
+
+
+def measure_cells(
+    candidates: Mapping[str, Path | str],
+    cells: Sequence[Cell],
+    *,
+    runtime: str | Runtime = "ort-cpu",
     seconds: float = 3.0,
     sessions: int = SESSIONS,
     rounds: int | None = None,
@@ -76,19 +105,19 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter_ns,
-) -> LatencyReport:
-    """Latency of every candidate on the same inputs; the first candidate is the baseline.
+) -> list[LatencyReport]:
+    """Latency of every candidate in every cell, a report for each; the first candidate is the baseline.
 
-    `seconds` is about the time spent timing each model. `sessions` is how often each is loaded; `rounds` (in each
-    session) and `calls` (timed calls of a model per round) override what follows from `seconds`. All are fixed before
-    the first timed call, never stretched until the figures please. Fewer `min_rounds` will do where a median is wanted
-    and no interval. `sizes` names the dynamic dimensions for the
-    report; by default the batch, from the first dimension of the inputs.
+    `seconds` is about the time spent timing each model in a cell. `sessions` is how often each is loaded, for all cells
+    at once; `rounds` (in each session) and `calls` (timed calls of a model per round) override what follows from
+    `seconds`. All are fixed before the first timed call, never stretched until the figures please. Fewer `min_rounds`
+    will do where a median is wanted and no interval.
     Raises UsageError for an empty comparison or inputs that do not fit, UnavailableError when the runtime is not here.
     """
     import numpy as np
 
-    baseline = _check(candidates, inputs, seconds, {"sessions": sessions, "rounds": rounds, "calls": calls})
+    counts = {"sessions": sessions, "rounds": rounds, "calls": calls}
+    baseline = _check(candidates, cells, seconds, counts)
     names = (baseline, baseline + AGAIN, *(name for name in candidates if name != baseline))
     files = [candidates[name.removesuffix(AGAIN)] for name in names]
     if isinstance(runtime, str):
@@ -98,51 +127,61 @@ def measure(
     place = environment()  # before our own work becomes part of the load
     before = snapshot()
 
-    warm: list[list[WarmUp]] = [[] for _ in names]
-    facts: list[dict[str, Any]] = [{} for _ in names]
-    taken: list[tuple[np.ndarray, np.ndarray]] = []
-    schedule: Schedule | None = None
-    listener.start(len(names), "load and warm up")
+    taken = [_Taken([[] for _ in names], [{} for _ in names]) for _ in cells]
+    listener.start(sessions * len(names) * (1 + len(cells)), "time")
     with _no_garbage_collection(), _finished(listener):
-        for turn in range(sessions):
-            models: dict[int, Bound] = {}
-            for index in generator.permutation(len(names)).tolist():
-                models[index], facts[index] = _load(runtime, files[index], inputs, threads)
-                warm[index].append(warm_up(models[index], clock))
-                if turn == 0:
-                    listener.advance(1, names[index])
-            if schedule is None:
-                schedule = plan_schedule(
-                    [each[0].median_ns for each in warm], seconds, sessions, rounds, calls, min_rounds
-                )
-                listener.finish()
-                listener.start(schedule.sessions * schedule.rounds, "measure")
-            taken.append(run_rounds([models[i] for i in range(len(names))], schedule, generator, clock, listener))
-            models.clear()  # before the next session takes its memory
-    return summarise(
-        Samples(
-            names=names,
-            seed=seed,
-            sessions=sessions,
-            ns=np.concatenate([ns for ns, _ in taken]),
-            order=np.concatenate([order for _, order in taken]),
-            sizes=dict(sizes) if sizes else {"batch": int(next(iter(inputs.values())).shape[0])},
-            warm_up={
-                name: {"calls": sum(w.calls for w in each), "stable": all(w.stable for w in each)}
-                for name, each in zip(names, warm, strict=True)
-            },
-            runtime=dict(zip(names, facts, strict=True)),
-            environment={**place, "contention": between(before, snapshot())},
+        for _ in range(sessions):
+            loaded: dict[int, Session] = {}
+            order = generator.permutation(len(names)).tolist()
+            for index in order:
+                loaded[index] = runtime.load(files[index], threads=threads)
+                listener.advance(1, names[index])
+            for cell, found in zip(cells, taken, strict=True):
+                models: dict[int, Bound] = {}
+                for index in order:
+                    models[index] = loaded[index].bind(cell.inputs)
+                    found.facts[index] = loaded[index].describe()
+                    found.warm[index].append(warm_up(models[index], clock))
+                if found.schedule is None:
+                    found.schedule = plan_schedule(
+                        [each[0].median_ns for each in found.warm], seconds, sessions, rounds, calls, min_rounds
+                    )
+                in_turn = [models[i] for i in range(len(names))]
+                found.parts.append(run_rounds(in_turn, found.schedule, generator, clock))
+                in_turn.clear()
+                models.clear()  # before the next cell takes its memory
+                listener.advance(len(names), ", ".join(f"{name} {size}" for name, size in cell.named().items()))
+            loaded.clear()  # before the next session takes its memory
+    place["contention"] = between(before, snapshot())
+    return [
+        summarise(
+            Samples(
+                names=names,
+                seed=seed,
+                sessions=sessions,
+                ns=np.concatenate([ns for ns, _ in found.parts]),
+                order=np.concatenate([order for _, order in found.parts]),
+                sizes=cell.named(),
+                warm_up={
+                    name: {"calls": sum(w.calls for w in each), "stable": all(w.stable for w in each)}
+                    for name, each in zip(names, found.warm, strict=True)
+                },
+                runtime=dict(zip(names, found.facts, strict=True)),
+                environment=place,
+            )
         )
-    )
+        for cell, found in zip(cells, taken, strict=True)
+    ]
 
 
-def _load(
-    runtime: Runtime, file: Path | str, inputs: Mapping[str, np.ndarray], threads: int | None
-) -> tuple[Bound, dict[str, Any]]:
-    session = runtime.load(file, threads=threads)
-    bound = session.bind(inputs)
-    return bound, session.describe()
+@dataclass
+class _Taken:
+    """Of one cell: each model's warm-ups and what its runtime says, and timings and orders of every session."""
+
+    warm: list[list[WarmUp]]
+    facts: list[dict[str, Any]]
+    parts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    schedule: Schedule | None = None
 
 
 def warm_up(model: Callable[[], None], clock: Clock = time.perf_counter_ns) -> WarmUp:
@@ -184,7 +223,6 @@ def run_rounds(
     schedule: Schedule,
     generator: np.random.Generator,
     clock: Clock,
-    progress: Progress = SILENT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timings (rounds, models, calls) in nanoseconds and the order (rounds, models) the models ran in."""
     import numpy as np
@@ -200,7 +238,6 @@ def run_rounds(
                 start = clock()
                 model()
                 row[call] = clock() - start
-        progress.advance()
     return ns, order
 
 
@@ -226,7 +263,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _check(
     candidates: Mapping[str, Path | str],
-    inputs: Mapping[str, np.ndarray],
+    cells: Sequence[Cell],
     seconds: float,
     counts: Mapping[str, int | None],
 ) -> str:
@@ -239,7 +276,9 @@ def _check(
         for name in candidates
         if name.endswith(AGAIN)
     ]
-    if not inputs or not all(array.ndim and array.shape[0] for array in inputs.values()):
+    if not cells:
+        problems.append("no inputs to time on")
+    if any(not cell.inputs or not all(a.ndim and a.shape[0] for a in cell.inputs.values()) for cell in cells):
         problems.append("every input needs a first dimension of at least one example")
     if not (math.isfinite(seconds) and seconds > 0):
         problems.append(f"seconds must be positive, got {seconds}")

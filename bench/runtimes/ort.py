@@ -51,6 +51,12 @@ def create(
         ) from error
 
 
+def file_key(path: Path) -> tuple[Any, ...]:
+    """What tells a file, as it is now, from every other."""
+    state = path.stat()
+    return (str(path.resolve()), state.st_mtime_ns, state.st_size)
+
+
 class OrtSession(Session):
     """An ONNX Runtime session whose inputs and outputs live on `device` ("cpu" or "cuda").
 
@@ -114,8 +120,7 @@ class OrtSession(Session):
     def _placed(self, inputs: Mapping[str, np.ndarray]) -> Placement:
         """Found out once per process for a file and its provider: it takes loading the model again."""
         assert self._profiled is not None
-        state = self._path.stat()
-        key = (str(self._path.resolve()), state.st_mtime_ns, state.st_size, json.dumps(self._facts["provider_options"]))
+        key = (*file_key(self._path), json.dumps(self._facts["provider_options"]))
         if key not in _placements:
             _placements[key] = read_placement(self._profiled, inputs)
         return _placements[key]

@@ -13,7 +13,7 @@ from bench.environment import gpu_name
 from bench.runtimes.base import Runtime, Session
 from bench.runtimes.cost import building
 from bench.runtimes.cuda_graph import GraphSession
-from bench.runtimes.ort import SILENT, OrtSession, absent, create
+from bench.runtimes.ort import SILENT, OrtSession, absent, create, file_key
 from bench.runtimes.ort_cpu import describe_options, session_options, thread_count
 from bench.runtimes.placement import Placement
 from converters.onnx_session import preload_cuda
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROVIDER = "CUDAExecutionProvider"
 PROVIDER_OPTIONS = {"device_id": "0"}  # the first device that CUDA_VISIBLE_DEVICES leaves
+_partly: set[tuple[Any, ...]] = set()  # files that ORT does not give to the GPU whole; finding out takes a load
 
 
 class OrtCuda(Runtime):
@@ -64,16 +65,19 @@ class OrtCuda(Runtime):
             "io_binding": "inputs and outputs on the device",
         }
         kind = GraphSession if self.graphs else OrtSession
-        try:
-            with building(facts):
-                loaded = session(strict=True)
-            refuse_other_provider(path, loaded)
-            return kind(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
-        except ArtifactError:
-            # Something would run on the host. ORT works out shapes there by design; whether it is only that is
-            # decided by the placement of every node, at the first inputs.
-            with building(facts):
-                loaded = session()
+        key = file_key(path)
+        if key not in _partly:
+            try:
+                with building(facts):
+                    loaded = session(strict=True)
+                refuse_other_provider(path, loaded)
+                return kind(path, loaded, device="cuda", facts={**facts, "placement": "every node on the GPU"})
+            except ArtifactError:
+                _partly.add(key)
+        # Something would run on the host. ORT works out shapes there by design; whether it is only that is decided by
+        # the placement of every node, at the first inputs.
+        with building(facts):
+            loaded = session()
         refuse_other_provider(path, loaded)
         return kind(
             path,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.suite.base import Bench, all_well, close
 from bench.suite.decoders import decoders, export_ahead
@@ -13,6 +13,9 @@ from bench.suite.files import FORMS, OPSET
 from bench.suite.methods import default_ahead, digits, every_method, methods_ahead, search_and_refit
 from bench.suite.models import subjects
 from deploy_prune.errors import DeployPruneError, ParityError
+
+if TYPE_CHECKING:
+    from bench.report import LatencyReport
 
 SESSIONS = 2
 
@@ -102,17 +105,12 @@ def half_precision(bench: Bench) -> dict[str, Any]:
 
 def variants(bench: Bench) -> dict[str, Any]:
     """The forms of one dense graph against each other in fp16: which is the fastest on this device."""
-    from bench.inputs import graph_inputs, make_inputs
-    from bench.timing import measure
-
     cells = []
     for subject in subjects(bench.small):
         files = {form: bench.files[subject.name, form, "fp16"] for form in FORMS}
-        for batch, sequence in bench.cells(subject)[:2]:
-            inputs = make_inputs(graph_inputs(files["plain"]), batch=batch, sequence=sequence)
-            sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
-            report = measure(files, inputs, runtime=bench.runtime, sizes=sizes, seconds=bench.seconds, sessions=2)
-            cells.append({"model": subject.name, "precision": "fp16", **report.to_json()})
+        shapes = bench.cells(subject)[:2]
+        reports = _timed(bench, files, shapes, bench.runtime)
+        cells += [{"model": subject.name, "precision": "fp16", **report.to_json()} for report in reports]
     return {"cells": cells}
 
 
@@ -205,20 +203,20 @@ def _cells(
     bench: Bench, precision: str, runtime: str, *, counted: bool = False, largest: int | None = None
 ) -> list[dict[str, Any]]:
     from bench.inputs import graph_inputs, make_inputs
-    from bench.timing import measure
     from bench.work import work_of
 
     cells = []
     for subject in subjects(bench.small):
         files = bench.files.members(subject.name, precision)
-        for batch, sequence in bench.cells(subject):
-            if largest is not None and batch * max(1, (sequence or 0) // 128) > largest:
-                continue
-            inputs = make_inputs(graph_inputs(files["dense"]), batch=batch, sequence=sequence)
-            sizes = {"batch": batch} | ({} if sequence is None else {"sequence": sequence})
-            report = measure(files, inputs, runtime=runtime, sizes=sizes, seconds=bench.seconds, sessions=SESSIONS)
+        shapes = [
+            (batch, sequence)
+            for batch, sequence in bench.cells(subject)
+            if largest is None or batch * max(1, (sequence or 0) // 128) <= largest
+        ]
+        for (batch, sequence), report in zip(shapes, _timed(bench, files, shapes, runtime), strict=True):
             cell = {"model": subject.name, "precision": precision, **report.to_json()}
             if counted and batch <= 8 and (sequence or 0) <= 128:  # counting runs the model on the CPU
+                inputs = make_inputs(graph_inputs(files["dense"]), batch=batch, sequence=sequence)
                 works = {name: work_of(file, inputs) for name, file in files.items()}
                 cell["work"] = {
                     name: {"flops": work.flops, "bytes": work.bytes, "nodes": work.nodes}
@@ -226,6 +224,18 @@ def _cells(
                 }
             cells.append(cell)
     return cells
+
+
+def _timed(
+    bench: Bench, files: Mapping[str, Path], shapes: Sequence[tuple[int, int | None]], runtime: str
+) -> list[LatencyReport]:
+    """The files against the first in every shape (batch, sequence)."""
+    from bench.inputs import graph_inputs
+    from bench.timing import Cell, measure_cells
+
+    specs = graph_inputs(next(iter(files.values())))
+    cells = [Cell.made(specs, batch, sequence) for batch, sequence in shapes]
+    return measure_cells(files, cells, runtime=runtime, seconds=bench.seconds, sessions=SESSIONS)
 
 
 def large_search(bench: Bench) -> dict[str, Any]:

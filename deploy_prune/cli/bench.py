@@ -79,8 +79,8 @@ def command(
     does not compute in are left out there.
     """
     from bench.environment import environment
-    from bench.inputs import graph_inputs, has_sequence, make_inputs
-    from bench.timing import measure
+    from bench.inputs import graph_inputs, has_sequence
+    from bench.timing import Cell, measure_cells
     from deploy_prune.cli import console
 
     if threads is not None and threads < 1:
@@ -102,15 +102,11 @@ def command(
     elif has_sequence(specs):
         lengths = [DEFAULT_SEQUENCE]
     # All made and tried before anything is timed: a bad size must not show after minutes of work.
-    cells = [
-        (batch, length, make_inputs(specs, batch=batch, sequence=length, seed=seed))
-        for batch in batch_sizes
-        for length in lengths
-    ]
+    cells = [Cell.made(specs, batch, length, seed) for batch in batch_sizes for length in lengths]
     for runtime in chosen:
         session = runtime.load(files[baseline], threads=threads)
-        for _, _, inputs in cells:
-            session.bind(inputs)
+        for cell in cells:
+            session.bind(cell.inputs)
     del session
 
     reports, explained = [], []
@@ -119,27 +115,25 @@ def command(
         timed = {name: file for name, file in files.items() if name not in out}
         if out:
             (console.note if as_json else print)(_left_out_line(runtime.name, out))
-        for batch, length, inputs in cells:
-            sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
-            console.note(f"{runtime.name}, {_sizes(sizes)}: {len(timed)} models")
-            report = measure(
-                timed,
-                inputs,
-                runtime=runtime,
-                sizes=sizes,
-                seconds=seconds,
-                threads=threads,
-                seed=seed,
-                progress=console.progress(),
-            )
-            reports.append(report)
+        console.note(f"{runtime.name}: {len(timed)} models, {' and '.join(_sizes(cell.named()) for cell in cells)}")
+        found = measure_cells(
+            timed,
+            cells,
+            runtime=runtime,
+            seconds=seconds,
+            threads=threads,
+            seed=seed,
+            progress=console.progress(),
+        )
+        reports += found
+        for cell, report in zip(cells, found, strict=True):
             if not as_json:
                 show(report)
             if why:
-                found = explain(report, timed, inputs, runtime, threads)
-                explained.append(found)
+                reasons = explain(report, timed, dict(cell.inputs), runtime, threads)
+                explained.append(reasons)
                 if not as_json:
-                    show_reasons(found)
+                    show_reasons(reasons)
     if output is not None:
         _write(output, reports)
     if as_json:

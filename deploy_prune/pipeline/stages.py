@@ -342,34 +342,28 @@ def time_family(
 ) -> list[LatencyReport]:
     """Every cell of the recipe's latency table; the first of `files` is the baseline. Of those in another precision
     (`precisions`: name -> which) a runtime is only given what it computes in."""
-    from bench.inputs import graph_inputs, has_sequence, make_inputs
+    from bench.inputs import graph_inputs, has_sequence
     from bench.runtimes import get_runtime
-    from bench.timing import measure
+    from bench.timing import Cell, measure_cells
     from converters.precision.formats import runs
 
     how, seed = setup.recipe.bench, setup.recipe.seed
     specs = graph_inputs(next(iter(files.values())))
     lengths: Sequence[int | None] = how.seq or ([DEFAULT_SEQUENCE] if has_sequence(specs) else [None])
+    cells = [Cell.made(specs, batch, length, seed) for batch in how.batch for length in lengths]
     reports = []
     for name in how.runtimes:
         runtime = get_runtime(name, trust_code=setup.recipe.model.startswith("python:"))
         timed = {member: file for member, file in files.items() if runs(name, (precisions or {}).get(member, "fp32"))}
-        for batch in how.batch:
-            for length in lengths:
-                inputs = make_inputs(specs, batch=batch, sequence=length, seed=seed)
-                sizes = {"batch": batch} | ({"sequence": length} if length is not None else {})
-                reports.append(
-                    measure(
-                        timed,
-                        inputs,
-                        runtime=runtime,
-                        sizes=sizes,
-                        seconds=how.seconds,
-                        threads=how.threads,
-                        seed=seed,
-                        progress=setup.progress,
-                    )
-                )
+        reports += measure_cells(
+            timed,
+            cells,
+            runtime=runtime,
+            seconds=how.seconds,
+            threads=how.threads,
+            seed=seed,
+            progress=setup.progress,
+        )
     return reports
 
 

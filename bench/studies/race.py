@@ -56,6 +56,7 @@ TERMS = {  # those of the committed races
 @click.option("--contestant", "names", multiple=True, help="Only these (default: all).")
 @click.option("--sparsity", "sparsities", type=float, multiple=True, default=SPARSITIES, show_default=True)
 @click.option("--examples", type=int, help="Calibration examples (default: by recipe).")
+@click.option("--batch-size", type=int, help="Examples at once, which changes time and memory (default: by recipe).")
 @click.option("--limit", type=int, help="Rows of evaluation data (default: by recipe).")
 @click.option("--recover-steps", type=int, default=0, help="Also train the best few for so many steps each.")
 @click.option("--latency", is_flag=True, help="Also time ours and the best few others as ONNX files.")
@@ -74,6 +75,7 @@ def main(
     names: tuple[str, ...],
     sparsities: tuple[float, ...],
     examples: int | None,
+    batch_size: int | None,
     limit: int | None,
     recover_steps: int,
     latency: bool,
@@ -93,7 +95,7 @@ def main(
         if name not in known:
             raise UsageError(f"no contestant {name!r}", remedy=did_you_mean(name, list(known)))
     terms = TERMS.get(Path(recipe).stem, Terms(1024, 32))
-    terms = Terms(examples or terms.examples, terms.batch_size, limit or terms.limit)
+    terms = Terms(examples or terms.examples, batch_size or terms.batch_size, limit or terms.limit)
     setup = prepare(load_recipe(recipe, list(overrides)))
     race = Race.start(setup, terms, sparsities, work or Path("runs") / f"race-{Path(recipe).stem}", out, fresh=fresh)
     for name in again:

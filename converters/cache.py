@@ -21,6 +21,11 @@ PAST = "past_key_values.{}.{}"  # by number of the cache, "key" or "value"; the 
 PRESENT = "present.{}.{}"
 
 
+def is_cache(name: str) -> bool:
+    """Whether an input or output of a decoder is a cache."""
+    return name.startswith((PAST.partition("{")[0], PRESENT.partition("{")[0]))
+
+
 @dataclass(frozen=True)
 class CacheSlot:
     """The cache of one depth: `CacheSlot(depth=3, heads=2, key_width=48, value_width=40)`.

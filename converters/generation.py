@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METADATA = "deploy_prune.decoder"  # the property of an ONNX file that holds the JSON of `About`
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+_ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # as numbered by ONNX
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,17 @@ class About:
 class OnnxDecoder:
     """A file that `export_decoder` wrote: it reads new tokens on the caches that it gave back for the earlier ones."""
 
-    def __init__(self, path: Path | str, *, threads: int | None = None, device: Device = "cpu") -> None:
-        """Caches stay on `device`. Raises UnavailableError without onnxruntime, file or device, ArtifactError when the
-        file is no decoder."""
-        self._session = OnnxSession(path, threads=threads, device=device)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        session: OnnxSession | None = None,
+    ) -> None:
+        """Caches stay on `device`, or where a `session` of the file that is given has them. Raises UnavailableError
+        without onnxruntime, file or device, ArtifactError when the file is no decoder."""
+        self._session = session or OnnxSession(path, threads=threads, device=device)
         names = [name for name, _, _ in self._session.inputs]
         said = self._session.metadata.get(METADATA)
         if names[:2] != [IDS, MASK] or said is None:
@@ -49,8 +57,18 @@ class OnnxDecoder:
             )
         told = json.loads(said)
         self.about = About(tuple(told["stop"]), told["longest"])
-        self._shapes = {name: shape for name, _, shape in self._session.inputs[2:]}
-        self._next = {f"present.{name.partition('.')[2]}": name for name in self._shapes}
+        self._caches = {  # name -> (heads, width, element type)
+            name: (int(shape[1]), int(shape[3]), _ELEMENTS[kind]) for name, kind, shape in self._session.inputs[2:]
+        }
+        self._next = {f"present.{name.partition('.')[2]}": name for name in self._caches}
+
+    def empty(self, batch: int) -> dict[str, np.ndarray]:
+        """Caches (batch, heads, 0, width) of no token, in fp32."""
+        import numpy as np
+
+        return {
+            name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width, _) in self._caches.items()
+        }
 
     def read(
         self, ids: np.ndarray, mask: np.ndarray, past: Mapping[str, Any] | None = None
@@ -59,13 +77,12 @@ class OnnxDecoder:
 
         `mask` (batch, all) covers earlier and new tokens and is 0 on padding. Both are int64.
         """
-        import numpy as np
         from onnxruntime import OrtValue
 
         if past is None:
-            past = {  # (batch, heads, no tokens, width)
-                name: OrtValue.ortvalue_from_numpy(np.zeros((len(ids), int(shape[1]), 0, int(shape[3])), np.float32))
-                for name, shape in self._shapes.items()
+            past = {
+                name: OrtValue.ortvalue_from_shape_and_type([len(ids), heads, 0, width], element)
+                for name, (heads, width, element) in self._caches.items()
             }
         fed = {IDS: OrtValue.ortvalue_from_numpy(ids), MASK: OrtValue.ortvalue_from_numpy(mask)}
         found = self._session.run_values({**fed, **past}, read=LOGITS)

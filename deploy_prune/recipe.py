@@ -271,8 +271,6 @@ class Recipe(Part):
             raise ValueError("expected `family.layout: free` with `dynamic.enabled`, which changes layers one by one")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
-        if self.precision.also and self.export.cache:
-            raise ValueError("expected `export.cache: false` with `precision.also`: decoders with a cache stay fp32")
         return self
 
     def portable(self) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.suite.base import ERROR, Bench, close
+from bench.suite.base import ERROR, Bench, all_well, close
 from bench.suite.files import OPSET
 from bench.suite.models import half_of, subjects
-from deploy_prune.errors import ParityError
+from deploy_prune.errors import DeployPruneError, ParityError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +25,8 @@ CHUNKS = (9, 1, 1, 5)  # of the prompt, each read on the cache of the earlier
 
 
 def decoders(bench: Bench) -> dict[str, Any]:
-    """The dense decoder and its half read a text in pieces as torch reads it whole, and every token that they write is
-    the likeliest by torch, up to rounding. Tokens a second are of greedy decoding at batch 1."""
+    """The dense decoder and its half, in every precision, read a text in pieces as torch reads it whole, and each token
+    that they write is the likeliest by torch, up to rounding. Tokens a second are of greedy decoding at batch 1."""
     import numpy as np
 
     from converters.decoder_parity import whole_logits
@@ -34,21 +35,32 @@ def decoders(bench: Bench) -> dict[str, Any]:
     subject, dense, half = bench.subject(MODEL)
     models: dict[str, nn.Module] = {"dense": dense, "half": half.model}
     tokens = 16 if bench.small else 128
-    result = bench.begin()
-    for name, model in models.items():
-        decoder = OnnxDecoder(bench.jobs["decoder", name], device=bench.device)
-        prompt = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=5)["input_ids"].numpy()
-        mask = np.ones_like(prompt)
-        expected = whole_logits(model, *_tensors(prompt, mask))
-        off = close(replay(decoder, prompt, mask, CHUNKS), expected, "tf32", name)
-        seconds, written = _timed(decoder, generate, prompt[0].tolist(), tokens)
-        result[name] = {
-            "logits off by": off,
-            "written off by": likely(model, [*prompt[0].tolist(), *written], tokens),
-            "tokens": tokens,
-            "tokens a second": tokens / seconds,
-        }
+    result, failed = bench.begin(), []
+    for name, precision in ((name, precision) for name in FORMS for precision in precisions(bench.small)):
+        model = models[name]
+        what, rounding = f"{name}, {precision}", "tf32" if precision == "fp32" else precision
+        try:
+            decoder = OnnxDecoder(bench.jobs["decoder", name][precision], device=bench.device)
+            prompt = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=5)["input_ids"].numpy()
+            mask = np.ones_like(prompt)
+            expected = whole_logits(model, *_tensors(prompt, mask))
+            off = close(replay(decoder, prompt, mask, CHUNKS), expected, rounding, what)
+            seconds, written = _timed(decoder, generate, prompt[0].tolist(), tokens)
+            result[what] = {
+                "logits off by": off,
+                "written off by": likely(model, [*prompt[0].tolist(), *written], tokens, 2 * ERROR[rounding]),
+                "tokens": tokens,
+                "tokens a second": tokens / seconds,
+            }
+        except DeployPruneError as failure:
+            result[what] = {"failed": str(failure)}
+            failed.append(what)
+    all_well(failed)
     return result
+
+
+def precisions(small: bool) -> tuple[str, ...]:
+    return ("fp32", "fp16") if small else ("fp32", "fp16", "bf16")  # the CPU has no kernels for the last
 
 
 def export_ahead(bench: Bench) -> None:
@@ -56,18 +68,26 @@ def export_ahead(bench: Bench) -> None:
         bench.jobs.start(("decoder", name), export, bench.small, bench.align, name, bench.directory)
 
 
-def export(small: bool, align: int, form: str, directory: Path) -> Path:
-    """The ONNX file of the dense decoder or of its half."""
+def export(small: bool, align: int, form: str, directory: Path) -> dict[str, Path]:
+    """The ONNX file of the dense decoder or of its half, in every precision."""
     from converters.decoder_export import export_decoder
+    from converters.precision import LIMITS
+    from converters.precision.decoders import convert_decoder
 
     subject = next(subject for subject in subjects(small) if subject.name == MODEL)
     model = subject.build()
     if form == "half":
         model = half_of(model, subject.signature, align).model
-    folder = directory / "decoders" / form
-    folder.parent.mkdir(exist_ok=True)
-    export_decoder(model, folder, opset=OPSET, variant="ort")
-    return folder / "model.onnx"
+    folder = directory / "decoders"
+    folder.mkdir(exist_ok=True)
+    files = {precision: folder / f"{form}.{precision}" for precision in precisions(small)}
+    export_decoder(model, files["fp32"], opset=OPSET, variant="ort")
+    inputs = subject.signature.random_inputs({"batch": 1, "sequence": PROMPT}, seed=6)
+    texts = [{name: tensor.numpy() for name, tensor in inputs.items()}]
+    for precision in precisions(small)[1:]:
+        limit = replace(LIMITS[precision], agreement=0.0)  # random weights are never sure
+        convert_decoder(files["fp32"], files[precision], precision, texts, limit=limit)  # type: ignore[arg-type]
+    return {precision: file / "model.onnx" for precision, file in files.items()}
 
 
 def _timed(decoder: OnnxDecoder, generate: Any, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
@@ -81,9 +101,9 @@ def _timed(decoder: OnnxDecoder, generate: Any, prompt: list[int], tokens: int) 
     return best, made[0]
 
 
-def likely(model: nn.Module, text: list[int], tokens: int) -> float:
+def likely(model: nn.Module, text: list[int], tokens: int, rounding: float) -> float:
     """How far below torch's likeliest token the written ones lie at most, as a share of the largest logit. Raises
-    ParityError where that is more than rounding."""
+    ParityError where that is more than `rounding`."""
     import numpy as np
 
     from converters.decoder_parity import whole_logits
@@ -92,10 +112,8 @@ def likely(model: nn.Module, text: list[int], tokens: int) -> float:
     logits = whole_logits(model, *_tensors(ids, np.ones_like(ids)))[0, len(text) - tokens - 1 : -1]
     chosen = np.take_along_axis(logits, ids[0, -tokens:, None], axis=1)[:, 0]
     below = float((logits.max(1) - chosen).max() / np.abs(logits).max())
-    if not below <= 2 * ERROR["tf32"]:
-        raise ParityError(
-            "a decoder writes other tokens than torch", expected=f"{2 * ERROR['tf32']:g}", got=f"{below:.2e}"
-        )
+    if not below <= rounding:
+        raise ParityError("a decoder writes other tokens than torch", expected=f"{rounding:g}", got=f"{below:.2e}")
     return below
 
 

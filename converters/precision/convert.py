@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from converters.precision.formats import HALF, Limit, Precision, check_precision_name
 from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
-from converters.precision.proof import PrecisionParity, prove
+from converters.precision.proof import Asked, PrecisionParity, asked_of, prove
 from deploy_prune.errors import UnsupportedModelError, UsageError
 from deploy_prune.files import atomic_file, existing, sha256_file
 
@@ -60,12 +60,17 @@ def convert_precision(
     agree: Agree | None = None,
     mask: str | None = None,
     limit: Limit | None = None,
+    caches: Collection[str] = (),
+    questions: Sequence[Mapping[str, np.ndarray]] | None = None,
+    asked: Asked = asked_of,
 ) -> PrecisionReport:
     """Write the fp32 ONNX file `source` in another precision to `target`, and prove the two equal (see `prove`).
 
     `calibration` are batches of real inputs: int8-static takes its ranges from them, the half precisions are checked
     for overflow on them, and predictions are compared on them. `keep` are names or patterns of nodes that stay in fp32;
-    with `overflow="keep"` so do those around values too large for the format, which are refused otherwise.
+    with `overflow="keep"` so do those around values too large for the format, which are refused otherwise. `caches` are
+    inputs and outputs of the graph that a half precision has in its format, and that may be empty. A graph that is not
+    asked in one call comes with how it is (`asked`), and the `questions` that take the place of `calibration` then.
     Raises UnsupportedModelError (overflow, nothing to convert), ParityError when the file is not its twin, UsageError,
     ArtifactError for a damaged `source`.
     """
@@ -79,10 +84,10 @@ def convert_precision(
         raise UsageError("keep is one text", expected="a list of names or patterns of nodes", got=repr(keep))
     source, target = existing(source, "ONNX file"), Path(target)
     batches = list(calibration)
-    check_batches(fp32_graph(source), batches, mask)
+    check_batches(fp32_graph(source), batches, mask, caches)
     with atomic_file(target) as temporary:
         if precision in HALF:
-            facts = _lowered(source, temporary, precision, batches, keep, overflow)
+            facts = _lowered(source, temporary, precision, batches, keep, overflow, caches)
         else:
             from converters.precision.int8 import quantize
 
@@ -102,12 +107,13 @@ def convert_precision(
             source,
             temporary,
             precision,
-            batches,
+            batches if questions is None else questions,
             made_up=made_up,
             agree=agree,
             mask=mask,
             limit=limit,
             where=target.name,
+            asked=asked,
         )
     return PrecisionReport(
         precision,
@@ -127,6 +133,7 @@ def _lowered(
     batches: Sequence[Mapping[str, np.ndarray]],
     keep: Sequence[str],
     overflow: Overflow,
+    narrow: Collection[str],
 ) -> dict[str, Any]:
     """Write a half-precision file whose values all fit; returns the report's facts of it."""
     import onnx
@@ -139,7 +146,7 @@ def _lowered(
 
     def attempt(names: Sequence[str]) -> tuple[ir.Model, Lowered]:
         model = ir.load(source)  # anew: a graph shares its tensors with what it was read from
-        lowered = lower(model, precision, names)
+        lowered = lower(model, precision, names, narrow)
         if not lowered.rounded:
             raise UnsupportedModelError(
                 f"no node is left to compute in {precision}", where=str(source), remedy="Keep fewer nodes in fp32."

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from converters.onnx_session import OnnxSession
+
 _HALF = (10, 16)  # TensorProto.FLOAT16, BFLOAT16
 _FLOAT = 1
 
@@ -30,7 +32,8 @@ class Emulated:
         self.path = Path(path)
 
     @cached_property
-    def _session(self) -> object:
+    def session(self) -> OnnxSession:
+        """It takes and gives float32 alone. Raises ArtifactError when the file cannot be computed."""
         import onnx
 
         from converters.onnx_session import OnnxSession
@@ -40,12 +43,12 @@ class Emulated:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The first output. Raises ArtifactError when the file cannot be computed."""
-        result: np.ndarray = self._session.run(inputs)  # type: ignore[attr-defined]
-        return result
+        return self.session.run(inputs)
 
 
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An fp32 graph that computes what a half-precision one does; the argument is used up.
+    """An fp32 graph that computes what a half-precision one does; the argument is used up. Inputs of the format are
+    given as float32, of values that it holds.
 
     Raises ArtifactError for a value whose type is not known, which could otherwise go unrounded.
     """
@@ -77,6 +80,9 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
             to = next(a for a in node.attribute if a.name == "to")
             to.i = _FLOAT
         nodes += [node, *rounding]
+    for given in (*graph.input, *graph.output):
+        if given.type.tensor_type.elem_type in _HALF:
+            given.type.tensor_type.elem_type = _FLOAT
     kept = [v for v in graph.value_info if types[v.name] not in _HALF]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)

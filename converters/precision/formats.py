@@ -9,7 +9,8 @@ from deploy_prune.errors import UsageError, did_you_mean
 from deploy_prune.precision_options import Precision
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-HALF = ("fp16", "bf16")  # every activation is rounded; int8 files round the inputs and weights of linear layers alone
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+HALF = tuple(DTYPES)  # every activation is rounded; int8 files round the inputs and weights of linear layers alone
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,11 @@ def _stored_in(model: onnx.ModelProto) -> str | None:
     return next((_NARROW[i.data_type] for i in model.graph.initializer if i.data_type in _NARROW), None)
 
 
-def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | None) -> None:
-    """Raises UsageError for batches that are not the graph's inputs, or a `mask` that is none of them."""
+def check_batches(
+    model: onnx.ModelProto, batches: Sequence[Any], mask: str | None, caches: Collection[str] = ()
+) -> None:
+    """Raises UsageError for batches that are not the graph's inputs, of which only `caches` may be empty, or a `mask`
+    that is none of them."""
     import numpy as np
     from onnx import helper
 
@@ -109,7 +112,7 @@ def check_batches(model: onnx.ModelProto, batches: Sequence[Any], mask: str | No
             if not isinstance(value, np.ndarray):
                 raise UsageError(f"{name} is no numpy array", where=where, expected=shape, got=type(value).__name__)
             fits = len(sizes) == value.ndim and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
-            if value.dtype != dtype or not fits or not value.size:
+            if value.dtype != dtype or not fits or not (value.size or name in caches):
                 got = f"{value.dtype} array of shape {value.shape}"
                 raise UsageError(f"{name} is not as the graph wants it", where=where, expected=shape, got=got)
             if value.dtype.kind == "f" and np.isnan(value).any():

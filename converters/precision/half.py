@@ -1,6 +1,6 @@
 """A graph in fp16 or bf16: which nodes are lowered, which stay in fp32 and why, and the casts between them.
 
-Inputs and outputs of the graph stay float32, and so do:
+Inputs and outputs of the graph stay float32, but for those that the caller names (a decoder's caches), and so do:
 
 * squares, their sums and roots (`SUMS`), and what is divided by such a root: the sum of the squares of 4,096 values of
   4 is 65,536, more than fp16 can say, and an epsilon of 1e-12 is zero there. LayerNormalization and RMSNormalization
@@ -18,7 +18,7 @@ is the fill of a mask, minus infinity in effect; it becomes `FILL`, to which a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,13 +70,14 @@ class Lowered:
     fills: list[str] = field(default_factory=list)
 
 
-def lower(model: ir.Model, precision: str, keep: Sequence[str] = ()) -> Lowered:
-    """Turn an fp32 graph into a half precision, in place. `keep` are names or patterns of nodes that stay in fp32.
+def lower(model: ir.Model, precision: str, keep: Sequence[str] = (), narrow: Collection[str] = ()) -> Lowered:
+    """Turn an fp32 graph into a half precision, in place. `keep` are names or patterns of nodes that stay in fp32,
+    `narrow` names of the graph's inputs and outputs that are given in the format.
 
     Raises UsageError for a pattern that names no node, UnsupportedModelError for control flow.
     """
     common.ShapeInferencePass()(model)
-    found = _Lowering(model, precision, keep).run()
+    found = _Lowering(model, precision, keep, narrow).run()
     common.RemoveUnusedNodesPass()(model)
     return found
 
@@ -84,8 +85,8 @@ def lower(model: ir.Model, precision: str, keep: Sequence[str] = ()) -> Lowered:
 class _Lowering:
     """`low` maps an fp32 value to its cast to the format, `high` a value in the format to its cast to fp32."""
 
-    def __init__(self, model: ir.Model, precision: str, keep: Sequence[str]) -> None:
-        self.graph, self.precision, self.keep = model.graph, precision, keep
+    def __init__(self, model: ir.Model, precision: str, keep: Sequence[str], narrow: Collection[str]) -> None:
+        self.graph, self.precision, self.keep, self.narrow = model.graph, precision, keep, narrow
         self.type, self.largest = _TYPES[precision], LARGEST[precision]
         self.opset = model.opset_imports.get("", 1)
         self.found = Lowered()
@@ -96,6 +97,9 @@ class _Lowering:
     def run(self) -> Lowered:
         nodes = list(self.graph)
         self.lowered = self._choose(nodes)
+        for given in self.graph.inputs:
+            if given.name in self.narrow:
+                given.type = ir.TensorType(self.type)
         for node in nodes:
             if node in self.lowered:
                 for i, value in enumerate(node.inputs):
@@ -108,6 +112,10 @@ class _Lowering:
                 for i, value in enumerate(node.inputs):
                     if value is not None and value.dtype == self.type:
                         node.replace_input_with(i, self._cast(self.high, value, ir.DataType.FLOAT, "fp32"))
+        for made in list(self.graph.outputs):
+            if made.name in self.narrow and made.dtype == ir.DataType.FLOAT:  # of a node that stays in fp32
+                self.found.rounded.add(str(made.name))
+                self._give_out(made, "fp32", self.type)
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]
@@ -226,17 +234,20 @@ class _Lowering:
             self.graph.insert_before(self.graph[0], node)
 
     def _lower_output(self, value: ir.Value) -> None:
-        """Mark a value as stored in the format; the graph still gives it out in fp32 under its own name."""
+        """Mark a value as stored in the format; the graph still gives it out in fp32, unless that is to be narrow."""
         self.found.rounded.add(str(value.name))
         value.type = ir.TensorType(self.type)
-        if value.is_graph_output():
-            name = str(value.name)
-            value.name = f"{name}.{self.precision}"
-            out = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, outputs=[out], name=f"{name}.cast")
-            self._insert(value, cast)
-            self.graph.outputs[self.graph.outputs.index(value)] = out
-            self.high[value] = out
+        if value.is_graph_output() and value.name not in self.narrow:
+            self.high[value] = self._give_out(value, self.precision, ir.DataType.FLOAT)
+
+    def _give_out(self, value: ir.Value, suffix: str, to: ir.DataType) -> ir.Value:
+        """Give an output of the graph out as another type, under its own name; the value itself gets a suffix."""
+        name = str(value.name)
+        value.name = f"{name}.{suffix}"
+        out = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
+        self._insert(value, ir.node("Cast", [value], {"to": to.value}, outputs=[out], name=f"{name}.cast"))
+        self.graph.outputs[self.graph.outputs.index(value)] = out
+        return out
 
 
 def filled(stored: np.ndarray, largest: float, fill: float = FILL) -> np.ndarray:

@@ -11,6 +11,8 @@ from converters.precision.formats import HALF, LIMITS, Limit
 from converters.precision.int8 import saturates
 from deploy_prune.errors import ArtifactError, ParityError
 
+Asked = Callable[[Path | str, str], "Callable[[Inputs], np.ndarray]"]  # (file, its precision) -> what it answers
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -58,12 +60,14 @@ def prove(
     mask: str | None = None,
     limit: Limit | None = None,
     where: str | None = None,
+    asked: Asked = asked_of,
 ) -> PrecisionParity:
     """Compare a converted file with its twin on real `batches`, and on `made_up` ones at other sizes: there outputs of
     8-bit files need only be finite and of the right shape, as noise lies outside the ranges they were calibrated to.
 
     `agree` compares predictions (default: argmax over the last axis); `mask` names the input that marks the positions
-    of an output per token that count. Raises ParityError with every figure beyond its `limit` (default: `LIMITS`).
+    of an output per token that count; `asked` is how a file in a precision is asked. Raises ParityError with every
+    figure beyond its `limit` (default: `LIMITS`).
     """
     import math
 
@@ -74,7 +78,7 @@ def prove(
 
     limit, agree = limit or LIMITS[precision], agree or argmax_agrees
     problems = stored_faults(twin, candidate, precision)
-    reference, answer = asked_of(twin, "fp32"), asked_of(candidate, precision)
+    reference, answer = asked(twin, "fp32"), asked(candidate, precision)
     error, rows = 0.0, []
     kinds = [(inputs, True) for inputs in batches] + [(inputs, False) for inputs in made_up]
     for number, (inputs, real) in enumerate(kinds):

@@ -11,6 +11,8 @@ from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
 from deploy_prune.pipeline.bundling import FACTS
+from deploy_prune.pipeline.decoders import DECODER, place_decoder
+from deploy_prune.pipeline.decoders import SAMPLES as DECODER_SAMPLES
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.pipeline.workspace import Stage, Workspace
 
@@ -78,25 +80,20 @@ def make_precision(
     from converters.precision.proof import asked_of
     from deploy_prune.release.samples import record_answers
 
-    how, signature = setup.recipe.precision, setup.task.signature
-    batches = list(setup.task.calibration(how.batch_size, limit=how.examples, seed=setup.recipe.seed))
+    signature = setup.task.signature
     file, started = directory / f"{name}.onnx", time.monotonic()
     report = convert_precision(
         twin,
         file,
         precision,
-        [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches],
+        calibration_of(setup),
         made_up=_made_up(setup),
         keep=keep,
-        overflow=how.overflow,
-        calibrate=how.calibrate,
-        percentile=how.percentile,
-        reduce_range=how.reduce_range,
-        agree=_agree(setup),
         mask=_mask(setup),
-        limit=limit_of(setup, precision),
+        **options_of(setup, precision),
     )
     converted = time.monotonic() - started
+    decoder = lower_decoder(setup, twin.parent, directory, precision)
     answer = asked_of(file, precision)
     quality = stages.judge(setup, file, directory, reference, predict=_predict(answer))
     record_answers(directory / stages.SAMPLES, answer, signature, seed=setup.recipe.seed)
@@ -106,8 +103,56 @@ def make_precision(
         "parity": {**found.pop("parity"), **found},
         "quality": quality,
         "audit": _audit(setup, file, report.quantized),
+        "decoder": decoder,
         "seconds": {"convert": converted},
     }
+
+
+def lower_decoder(setup: Setup, twin: Path, directory: Path, precision: Any) -> dict[str, Any] | None:
+    """Convert the decoder with a cache in the stage directory `twin`, and let it answer the same tokens; None where
+    there is none. The recipe's nodes to keep are kept as far as its graph has nodes of these names.
+
+    Raises as `make_precision`.
+    """
+    from converters.decoder_export import GRAPH
+    from converters.precision.decoders import convert_decoder, replayed
+    from converters.precision.given import matched, node_names
+    from deploy_prune.release.samples import Sample, load_samples, save_samples
+
+    facts = read_json(twin / FACTS)["decoder"]
+    if facts is None:
+        return None
+    source, target = twin / DECODER, directory / DECODER
+    patterns = setup.recipe.precision.keep
+    names = node_names(source / GRAPH) if patterns else []
+    report = convert_decoder(
+        source,
+        target,
+        precision,
+        calibration_of(setup),
+        keep=[pattern for pattern in patterns if matched(pattern, names)],
+        **options_of(setup, precision),
+    )
+    answer = replayed(target / GRAPH, precision)
+    asked = load_samples(twin / DECODER_SAMPLES)
+    save_samples(directory / DECODER_SAMPLES, [Sample(each.inputs, answer(each.inputs)) for each in asked])
+    found = report.to_json()
+    changed = {"sha256": found.pop("sha256"), "bytes": found.pop("bytes"), "nodes": found.pop("nodes")}
+    return {
+        **facts,
+        "export": {**facts["export"], **changed, "inputs": _cached_in(precision, facts["export"]["inputs"])},
+        "outputs": _cached_in(precision, facts["outputs"]),
+        "parity": {**found.pop("parity"), **found},
+    }
+
+
+def _cached_in(precision: str, tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Inputs or outputs of a decoder, with its caches as they are in a precision; `verify` compares with the graph."""
+    from converters.cache import is_cache
+    from converters.precision.formats import DTYPES
+
+    dtype = DTYPES.get(precision)
+    return [{**tensor, "dtype": dtype} if dtype and is_cache(tensor["name"]) else dict(tensor) for tensor in tensors]
 
 
 def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency: list[Any], precision: str) -> Member:
@@ -137,6 +182,7 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
         quality=QualityEntry.model_validate(facts["quality"]) if facts["quality"] else None,
         scores=place(bundle, f"scores/{name}.safetensors", scores, link=True) if judged else None,
         parity=facts["parity"],
+        decoder=place_decoder(bundle, name, stage.directory, facts["decoder"], LIMITS[precision].again),
         samples=SamplesEntry(file=samples, tolerance=LIMITS[precision].again),
         latency=latency,
         audit=facts["audit"],
@@ -160,6 +206,26 @@ def stored_weights(twin: Path, file: Path, precision: str) -> int:
         if stored.name in names:
             total += math.prod(stored.dims) * int(helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize)
     return total
+
+
+def calibration_of(setup: Setup) -> list[dict[str, np.ndarray]]:
+    """The real inputs that files in other precisions are made with and proved on."""
+    how = setup.recipe.precision
+    batches = setup.task.calibration(how.batch_size, limit=how.examples, seed=setup.recipe.seed)
+    return [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches]
+
+
+def options_of(setup: Setup, precision: str) -> dict[str, Any]:
+    """Options of every conversion of the run to a precision."""
+    how = setup.recipe.precision
+    return {
+        "overflow": how.overflow,
+        "calibrate": how.calibrate,
+        "percentile": how.percentile,
+        "reduce_range": how.reduce_range,
+        "agree": _agree(setup),
+        "limit": limit_of(setup, precision),
+    }
 
 
 def limit_of(setup: Setup, precision: str) -> Limit:

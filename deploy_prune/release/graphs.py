@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx
 
 Graph = Member | DecoderEntry  # each names one ONNX file
-_ONNX_TYPES = {1: "float32", 7: "int64"}
+_ONNX_TYPES = {1: "float32", 7: "int64", 10: "float16", 16: "bfloat16"}
 
 
 def graph_problems(

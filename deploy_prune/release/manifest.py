@@ -72,7 +72,7 @@ class TensorEntry(_Part):
     """An input or output; a string in `shape` names a dynamic dimension."""
 
     name: Name
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
     shape: Annotated[list[int | Name], Field(max_length=8)]
     role: Literal["values", "ids", "mask"] = "values"
 

@@ -59,15 +59,22 @@ def record_answers(
     sizes: Sequence[Mapping[str, int]] = SAMPLE_SIZES,
 ) -> None:
     """As `record_samples`, of whatever answers: a file in another precision vouches for its own answers."""
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
+    samples = []
     for i, size in enumerate(sizes):
         made_up = signature.random_inputs(size, seed=seed + i, padding=True)
         inputs = {name: value.numpy() for name, value in made_up.items()}
-        tensors |= {f"{i}/input/{name}": value for name, value in inputs.items()}
-        tensors[f"{i}/output"] = answer(inputs)
+        samples.append(Sample(inputs, answer(inputs)))
+    save_samples(path, samples)
 
+
+def save_samples(path: Path | str, samples: Sequence[Sample]) -> None:
+    """As `load_samples` reads them."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for i, sample in enumerate(samples):
+        tensors |= {f"{i}/input/{name}": value for name, value in sample.inputs.items()}
+        tensors[f"{i}/output"] = sample.output
     with atomic_file(path) as temporary:
         save_file(tensors, temporary)
 

@@ -77,7 +77,7 @@ def verify(
                 differences += [f"{member.name}: {line}" for line in text]
                 checks += made
                 if member.decoder is not None:
-                    found, text, made = check_decoder(bundle, manifest, member.name, member.decoder)
+                    found, text, made = check_decoder(bundle, manifest, member, member.decoder)
                     problems += [f"{member.name}: {problem}" for problem in found]
                     differences += [f"{member.name}, decoding: {line}" for line in text]
                     checks += made
@@ -191,6 +191,9 @@ def _twin_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator
     from converters.precision.stored import stored_faults
 
     twin = next((m for m in manifest.members if m.name == member.twin), None)
-    if twin is not None and twin.external is None and member.external is None:
-        for fault in stored_faults(bundle / twin.file, bundle / member.file, member.precision):
-            yield f"{member.file}: {fault}"
+    if twin is None:
+        return
+    for ours, theirs in ((member, twin), (member.decoder, twin.decoder)):
+        if ours is not None and theirs is not None and theirs.external is None and ours.external is None:
+            for fault in stored_faults(bundle / theirs.file, bundle / ours.file, member.precision):
+                yield f"{ours.file}: {fault}"

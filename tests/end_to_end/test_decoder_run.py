@@ -24,7 +24,7 @@ from deploy_prune.release.verify import verify
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a GPT-2 of one layer: the dense model and one member, in the uniform layout."""
+    """Of a GPT-2 of one layer: the dense model and one member, in the uniform layout, and both in other precisions."""
     from conftest import randomize
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -46,6 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "refit": {"examples": 16},
         "export": {"cache": True, "checkpoints": True},
         "bench": {"enabled": False},
+        "precision": {"also": ["fp16", "bf16", "int8-dynamic"], "examples": 16, "agreement": {"bf16": 0.7}},
     }
     (room / "recipe.yaml").write_text(json.dumps(recipe))
     assert run_command(["-q", "run", str(room / "recipe.yaml"), "--out", str(room / "out")]) == 0
@@ -54,15 +55,79 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_member_has_a_decoder_that_is_named_hashed_and_proved(bundle: Path) -> None:
     manifest = Manifest.load(bundle / "manifest.json")
+    assert len(manifest.members) == 8
     for member in manifest.members:
         assert member.decoder is not None
-        assert member.decoder.parity["error"] < 1e-5
+        assert member.decoder.parity["error"] < {"fp32": 1e-5, "fp16": 5e-3}.get(member.precision, 0.1)
         assert {
             f"decoders/{member.name}/model.onnx",
             f"decoders/{member.name}/tokenizer.json",
             f"samples/{member.name}.decoder.safetensors",
         } <= set(manifest.files)
-    assert [check.name for check in verify(bundle).members] == ["dense", "dense, decoding", "s30", "s30, decoding"]
+    checks = {check.name: check.runtime for check in verify(bundle).members}
+    assert set(checks) == {name + kind for name in names(manifest) for kind in ("", ", decoding")}
+    assert checks["s30.bf16, decoding"] == "onnxruntime, bf16 emulated"
+
+
+def names(manifest: Manifest) -> list[str]:
+    return [member.name for member in manifest.members]
+
+
+def test_caches_of_half_precisions_are_half_as_large(bundle: Path) -> None:
+    manifest = Manifest.load(bundle / "manifest.json")
+    dtypes = {
+        member.name: {entry.dtype for entry in (*member.decoder.inputs[2:], *member.decoder.outputs[1:])}
+        for member in manifest.members
+        if member.decoder
+    }
+    assert dtypes["s30.fp16"] == {"float16"} and dtypes["dense.bf16"] == {"bfloat16"}
+    assert dtypes["s30"] == dtypes["s30.int8-dynamic"] == {"float32"}
+    sizes = {member.name: member.decoder.bytes for member in manifest.members if member.decoder}
+    assert sizes["s30.fp16"] < sizes["s30"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-dynamic"])
+def test_generate_writes_with_a_decoder_in_another_precision(
+    precision: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(bundle), "--member", f"s30.{precision}", "--prompt", "w5 w0", "--tokens", "8", "--json"]
+    assert run_command([*words, "--no-stop"]) == 0
+    (text,) = json.loads(capsys.readouterr().out)["texts"]
+    assert len(text["tokens"]) == 8
+
+
+def test_generate_says_that_cpus_do_not_compute_in_bf16(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["-q", "generate", str(bundle), "--member", "s30.bf16", "--prompt", "w5", "--tokens", "2"]) == 3
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_swapped_weights_of_a_converted_decoder_are_found_though_its_hashes_are_right(
+    bundle: Path, tmp_path: Path
+) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    file = copy / "decoders/s30.fp16/model.onnx"
+    proto = onnx.load(file)
+    stored = next(i for i in proto.graph.initializer if "c_fc.weight" in i.name)
+    values = numpy_helper.to_array(stored).copy()
+    values[0], values[1] = values[1].copy(), values[0].copy()
+    stored.CopyFrom(numpy_helper.from_array(values, stored.name))
+    onnx.save(proto, file)
+    manifest = Manifest.load(copy / "manifest.json")
+    members = [
+        m.model_copy(
+            update={"decoder": m.decoder.model_copy(update={"sha256": sha256_file(file), "bytes": file.stat().st_size})}
+        )
+        if m.name == "s30.fp16" and m.decoder
+        else m
+        for m in manifest.members
+    ]
+    (copy / "manifest.json").unlink()
+    finish(copy, manifest.model_copy(update={"members": members, "files": {}}))
+    with pytest.raises(ArtifactError, match=r"decoders/s30.fp16/model.onnx: .* is off the fp32 weight"):
+        verify(copy)
 
 
 def test_generate_writes_what_the_checkpoint_writes_in_torch(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check that wants a GPU: search, refit, every method, parity, decoders, runtimes, timing of a family, latency
-# table, fp16; about a quarter of an hour on one GPU, from this checkout and the installed packages alone; `--check NAME`
-# runs some. Results: bench/results/DEVICE/*.json.
+# table, fp16; about seven minutes on one GPU, from this checkout and the installed packages alone; `--check NAME` runs
+# some. Results: bench/results/DEVICE/*.json.
 #   bench/gpu_suite.sh                      on the first GPU
 #   bench/gpu_suite.sh --small --out DIR    small models on the CPU, to test the suite
 set -euo pipefail

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from bench.studies.contestants import contestants
-from bench.studies.race_analysis import Point, best_throughout, lost, points, sound, summary
+from bench.studies.race_analysis import Point, Summary, best_throughout, lost, points, sound, summary
 from bench.studies.race_result import DENSE, RaceResult
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ def section(results: Sequence[RaceResult]) -> str:
     if not results:
         return NONE_YET
     parts: list[str] = []
-    for result in results:
-        parts += [f"**{result.head['recipe']}**: {facts(result)}", "", *verdicts(result), ""]
+    for title, result in titled(results).items():
+        parts += [f"**{title}**: {facts(result)}", "", *verdicts(result), ""]
         if any(row["form"] == "recovered" for row in result.rows.values()):
             parts += ["The best few after the same short recovery:", ""]
             parts += [*verdicts(result, "recovered"), *untrained(result), ""]
@@ -93,7 +93,7 @@ def in_short(results: Sequence[RaceResult]) -> str:
         "| by the one best other | by the best as published |",
         "|---|---|---|---|---|---|",
     ]
-    for result in results:
+    for title, result in titled(results).items():
         found, head = points(result), result.head
         if not found:
             continue
@@ -101,11 +101,24 @@ def in_short(results: Sequence[RaceResult]) -> str:
         over, one = summary(found), best_throughout(result)
         published = summary(points(result, ("own",), without=_our_refit()))
         lines.append(
-            f"| {head['recipe']}, {head['metric']} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
-            f"{', '.join(cells)} | {over.share:.2f} | {'' if one is None else f'{over.lost / one[2]:.2f}'} | "
-            f"{published.share:.2f} |"
+            f"| {title}, {head['metric']} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
+            f"{', '.join(cells)} | {_of_best(over)} | {'' if one is None else f'{over.lost / one[2]:.2f}'} | "
+            f"{_of_best(published)} |"
         )
     return "\n".join(lines)
+
+
+def titled(results: Sequence[RaceResult]) -> dict[str, RaceResult]:
+    """Every race by its recipe's name; where a recipe was raced on several amounts of data, with the amount."""
+    names = [result.head["recipe"] for result in results]
+    return {
+        name if names.count(name) == 1 else f"{name} ({result.head['calibration_examples']} to calibrate)": result
+        for name, result in zip(names, results, strict=True)
+    }
+
+
+def _of_best(over: Summary) -> str:
+    return f"{over.share:.2f}" if over.other_lost > 0 else "nothing lost"
 
 
 def _our_refit() -> list[str]:
@@ -189,8 +202,12 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
     lines += [
         "",
         f"Of {over.points} sizes ours is ahead at {over.ahead} and behind at {over.behind}; it loses "
-        f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}: "
-        f"{over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f}).",
+        f"{_figure(over.lost, unit)} {unit} on average where the best other loses {_figure(over.other_lost, unit)}"
+        + (
+            f": {over.share:.2f} of it (mean of the sizes' own shares {over.mean_share:.2f})."
+            if over.other_lost > 0
+            else "; a loss below 0 is a gain."
+        ),
     ]
     if trained is None and (one := best_throughout(result)) is not None:
         name, form, mean = one

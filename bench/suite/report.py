@@ -161,7 +161,7 @@ def _decoders(check: dict[str, Any]) -> list[str]:
     told = {name: entry for name, entry in check.items() if isinstance(entry, dict) and "tokens a second" in entry}
     if not told:
         return []
-    lines = ["| decoder with cache, fp32 | logits against torch's | tokens a second, batch 1 |", "|---|---|---|"]
+    lines = ["| decoder with cache | logits against torch's | tokens a second, batch 1 |", "|---|---|---|"]
     for name, entry in told.items():
         lines.append(f"| {name} | {entry['logits off by']:.1e} | {entry['tokens a second']:.0f} |")
     return [*lines, "", f"Load of the machine: {check['environment']['load_average'][0]:.1f}."]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-Role = Literal["batch", "sequence"]
+Role = Literal["batch", "sequence", "past", "total"]
 _PASS_THROUGH = {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}  # ids stay ids
 
 
@@ -32,11 +32,14 @@ class GraphInput:
     rows: int = 0
 
     def role(self, axis: int) -> Role | None:
-        """What a dynamic dimension counts: the first one examples, the second of an integer matrix or one called
-        like `seq...` positions; None for any other."""
+        """What a dynamic dimension counts: the first one examples, one called `past_sequence` or `total_sequence` the
+        tokens in a cache, or these and the new ones; the second of an integer matrix or one called like `seq...`
+        positions; None for any other."""
         name = str(self.shape[axis] or "").lower()
         if axis == 0:
             return "batch"
+        if name in ("past_sequence", "total_sequence"):
+            return "past" if name.startswith("past") else "total"
         tokens = axis == 1 and len(self.shape) == 2 and self.dtype.startswith(("int", "bool"))
         return "sequence" if tokens or name.startswith("seq") else None
 
@@ -66,22 +69,31 @@ def has_sequence(inputs: Sequence[GraphInput]) -> bool:
     return any(i.role(axis) == "sequence" for i, axis in dynamic)
 
 
+def has_past(inputs: Sequence[GraphInput]) -> bool:
+    """Whether the graph is a decoder that takes caches."""
+    return any(i.role(axis) == "past" for i in inputs for axis, size in enumerate(i.shape) if not isinstance(size, int))
+
+
 def make_inputs(
-    inputs: Sequence[GraphInput], *, batch: int, sequence: int | None = None, seed: int = 0
+    inputs: Sequence[GraphInput], *, batch: int, sequence: int | None = None, past: int | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Arrays at the given sizes: standard normal floats, ids within their embedding table, masks of ones.
+    """Arrays at the given sizes: standard normal floats, ids within their embedding table, masks of ones. `past` is how
+    many tokens a decoder's caches hold.
 
     Raises UsageError, with every problem at once, when the graph cannot take these sizes.
     """
     import numpy as np
 
     problems: list[str] = []
-    for role, size in (("batch", batch), ("sequence", sequence)):
+    for role, size in (("batch", batch), ("sequence", sequence), ("past", past)):
         if size is not None and size < 1:
             problems.append(f"{role} size must be at least 1, got {size}")
     if sequence is not None and not has_sequence(inputs):
         problems.append("a sequence size was given, but no input has a dynamic sequence dimension")
-    sizes: dict[str, int | None] = {"batch": batch, "sequence": sequence}
+    if past is not None and not has_past(inputs):
+        problems.append("a past was given, but no input is a cache")
+    total = None if past is None else past + (sequence or 0)
+    sizes: dict[str, int | None] = {"batch": batch, "sequence": sequence, "past": past, "total": total}
     shapes = {i.name: _shape(i, sizes, problems) for i in inputs}
     if problems:
         raise UsageError(
@@ -108,7 +120,8 @@ def _shape(spec: GraphInput, sizes: Mapping[str, int | None], problems: list[str
                 "model with that dimension fixed"
             )
         elif sizes[role] is None:
-            problems.append(f"{spec.name}: dimension {axis} needs a {role} size")
+            needed = "past" if role == "total" else role
+            problems.append(f"{spec.name}: dimension {axis} needs a {needed} size")
         else:
             shape.append(int(sizes[role] or 0))
     if not spec.shape:

@@ -64,17 +64,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Cell:
-    """The inputs that models are timed on; `sizes` names their dynamic dimensions for the report, by default the batch,
-    from the first dimension of the inputs."""
+    """The inputs that models are timed on, those of some candidates their `own`, by name; `sizes` names their dynamic
+    dimensions for the report, by default the batch, from the first dimension of the inputs."""
 
     inputs: Mapping[str, np.ndarray]
     sizes: Mapping[str, int] | None = None
+    own: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     @staticmethod
     def made(specs: Sequence[GraphInput], batch: int, sequence: int | None, seed: int = 0) -> Cell:
         """Random inputs of these sizes. Raises as `bench.inputs.make_inputs`."""
         inputs = make_inputs(specs, batch=batch, sequence=sequence, seed=seed)
         return Cell(inputs, {"batch": batch} | ({} if sequence is None else {"sequence": sequence}))
+
+    @staticmethod
+    def step(specs: Mapping[str, Sequence[GraphInput]], batch: int, past: int, seed: int = 0) -> Cell:
+        """One new token per text on caches of `past` tokens, each decoder's of its own shape. Raises as `made`."""
+        own = {name: make_inputs(each, batch=batch, sequence=1, past=past, seed=seed) for name, each in specs.items()}
+        return Cell(next(iter(own.values())), {"batch": batch, "past": past}, own)
+
+    def of(self, candidate: str) -> Mapping[str, np.ndarray]:
+        return self.own.get(candidate, self.inputs)
 
     def named(self) -> dict[str, int]:
         return dict(self.sizes) if self.sizes else {"batch": int(next(iter(self.inputs.values())).shape[0])}
@@ -139,7 +149,7 @@ def measure_cells(
             for cell, found in zip(cells, taken, strict=True):
                 models: dict[int, Bound] = {}
                 for index in order:
-                    models[index] = loaded[index].bind(cell.inputs)
+                    models[index] = loaded[index].bind(cell.of(names[index].removesuffix(AGAIN)))
                     found.facts[index] = loaded[index].describe()
                     found.warm[index].append(warm_up(models[index], clock))
                 if found.schedule is None:

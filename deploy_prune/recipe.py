@@ -220,12 +220,14 @@ class QualityPart(Part):
 
 
 class BenchPart(Part):
-    """What is timed: every runtime at every batch and sequence size."""
+    """What is timed: every runtime at every batch and sequence size; `past`, with `export.cache`, also one new token on
+    caches of so many tokens."""
 
     enabled: bool = True
     runtimes: list[str] = ["ort-cpu"]
     batch: list[Count] = [1]
     seq: list[Count] | None = None
+    past: list[Count] | None = None
     seconds: Positive = 3.0
     threads: Count | None = None
 
@@ -269,6 +271,8 @@ class Recipe(Part):
     def _parts_go_together(self) -> Recipe:
         if self.dynamic.enabled and self.family.layout == "uniform":
             raise ValueError("expected `family.layout: free` with `dynamic.enabled`, which changes layers one by one")
+        if self.bench.past and not self.export.cache:
+            raise ValueError("expected `export.cache: true` with `bench.past`, which times decoders with a cache")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
         return self

@@ -50,6 +50,12 @@ def runs(runtime: str, precision: str) -> bool:
     return precision in RUNS.get(runtime, ("fp32",))
 
 
+def steps_run(runtime: str, precision: str) -> bool:
+    """Whether a decoder's steps can be timed: as `runs`, but for bf16, which numpy has not, so that nobody can make up
+    its caches."""
+    return precision != "bf16" and runs(runtime, precision)
+
+
 def check_precision_name(name: str) -> str:
     """`name` when it is a format. Raises UsageError otherwise."""
     if name not in PRECISIONS:

@@ -14,6 +14,7 @@ from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 if TYPE_CHECKING:
     from bench.report import LatencyReport
     from bench.runtimes import Runtime
+    from bench.timing import Cell
 
 DEFAULT_SEQUENCE = 128
 BASELINE = "dense"
@@ -37,6 +38,12 @@ COLUMNS = ("model", "p50 ms", "p90 ms", "p99 ms", "examples/s", "time / dense [9
     "sequences",
     metavar="N,...",
     help=f"Tokens per example, for models that take a sequence.  [default: {DEFAULT_SEQUENCE}]",
+)
+@click.option(
+    "--past",
+    "pasts",
+    metavar="N,...",
+    help="Decoders with a cache: time one new token per text on caches of N tokens.",
 )
 @click.option("--threads", type=int, metavar="N", help="CPU threads per model.  [default: every physical core]")
 @click.option(
@@ -63,6 +70,7 @@ def command(
     runtimes: str,
     batches: str,
     sequences: str | None,
+    pasts: str | None,
     threads: int | None,
     seconds: float,
     seed: int,
@@ -88,25 +96,33 @@ def command(
     if not 0 < seconds < float("inf"):
         raise UsageError("--seconds must be positive", got=str(seconds))
     batch_sizes = counts("--batch", batches)
-    files = find_models(models)
+    if pasts is not None and sequences is not None:
+        raise UsageError("--past times one new token, --seq a whole text", remedy="Give one of them.")
+    files = find_models(models, decoders=pasts is not None)
     baseline = next(iter(files))
     chosen = _runtimes(runtimes, trust_code)
-    left_out = uncomputed(files, [runtime.name for runtime in chosen])
+    left_out = uncomputed(files, [runtime.name for runtime in chosen], steps=pasts is not None)
     if output is not None:
         _refuse_unwritable(output)
 
-    specs = graph_inputs(files[baseline])
+    wanted = {baseline}
+    if pasts is not None:
+        wanted |= {name for name in files for runtime in chosen if name not in left_out.get(runtime.name, {})}
+    specs = {name: graph_inputs(files[name]) for name in files if name in wanted}
     lengths: Sequence[int | None] = [None]
     if sequences is not None:
         lengths = counts("--seq", sequences)
-    elif has_sequence(specs):
+    elif has_sequence(specs[baseline]):
         lengths = [DEFAULT_SEQUENCE]
     # All made and tried before anything is timed: a bad size must not show after minutes of work.
-    cells = [Cell.made(specs, batch, length, seed) for batch in batch_sizes for length in lengths]
+    if pasts is not None:
+        cells = [Cell.step(specs, batch, past, seed) for batch in batch_sizes for past in counts("--past", pasts)]
+    else:
+        cells = [Cell.made(specs[baseline], batch, length, seed) for batch in batch_sizes for length in lengths]
     for runtime in chosen:
         session = runtime.load(files[baseline], threads=threads)
         for cell in cells:
-            session.bind(cell.inputs)
+            session.bind(cell.of(baseline))
     del session
 
     reports, explained = [], []
@@ -130,7 +146,7 @@ def command(
             if not as_json:
                 show(report)
             if why:
-                reasons = explain(report, timed, dict(cell.inputs), runtime, threads)
+                reasons = explain(report, timed, cell, runtime, threads)
                 explained.append(reasons)
                 if not as_json:
                     show_reasons(reasons)
@@ -149,8 +165,9 @@ def command(
         )
 
 
-def find_models(arguments: Sequence[str]) -> dict[str, Path]:
-    """Name -> ONNX file, the baseline first. Raises UsageError, UnavailableError or ArtifactError."""
+def find_models(arguments: Sequence[str], *, decoders: bool = False) -> dict[str, Path]:
+    """Name -> ONNX file, the baseline first; of a bundle its models, or its `decoders` with a cache. Raises UsageError,
+    UnavailableError or ArtifactError."""
     from deploy_prune.files import existing
 
     paths = [existing(argument, "bundle or ONNX file") for argument in arguments]
@@ -163,32 +180,34 @@ def find_models(arguments: Sequence[str]) -> dict[str, Path]:
             got=", ".join(arguments),
             remedy="Give one bundle, or the ONNX files themselves: BUNDLE/models/*.onnx.",
         )
-    files = _bundle_models(directories[0])
+    files = _bundle_models(directories[0], decoders)
     if BASELINE not in files:
         raise UsageError(
-            "the bundle has no dense model to compare with",
+            f"the bundle has no dense {'decoder with a cache' if decoders else 'model'} to compare with",
             where=arguments[0],
-            expected=f"models/{BASELINE}.onnx",
+            expected=f"decoders/{BASELINE}/model.onnx" if decoders else f"models/{BASELINE}.onnx",
             got=", ".join(files) or "no models",
             remedy="Give the ONNX files themselves; the first one is the baseline.",
         )
     return {BASELINE: files.pop(BASELINE), **files}
 
 
-def uncomputed(files: Mapping[str, Path], runtimes: Sequence[str]) -> dict[str, dict[str, str]]:
+def uncomputed(files: Mapping[str, Path], runtimes: Sequence[str], *, steps: bool = False) -> dict[str, dict[str, str]]:
     """Runtime -> model -> its precision, of those that the runtime does not compute in: their time would say nothing.
+    `steps`: of decoders, whose caches are made up.
 
     Raises UsageError when that is the baseline, the first of `files`; ArtifactError for a file that is not ONNX.
     """
-    from converters.precision.formats import RUNS, runs
+    from converters.precision.formats import RUNS, runs, steps_run
     from converters.precision.given import precision_of
 
+    computes = steps_run if steps else runs
     precisions = {name: precision_of(file) for name, file in files.items()}
     found = {}
     for runtime in runtimes:
-        others = {name: precision for name, precision in precisions.items() if not runs(runtime, precision)}
+        others = {name: precision for name, precision in precisions.items() if not computes(runtime, precision)}
         if (baseline := next(iter(files))) in others:
-            able = [other for other in RUNS if runs(other, others[baseline])]
+            able = [other for other in RUNS if computes(other, others[baseline])]
             raise UsageError(
                 "the baseline is in a precision that the runtime does not compute in",
                 where=baseline,
@@ -254,7 +273,7 @@ def show(report: LatencyReport) -> None:
 
 
 def explain(
-    report: LatencyReport, files: dict[str, Path], inputs: dict[str, Any], runtime: Runtime, threads: int | None
+    report: LatencyReport, files: dict[str, Path], cell: Cell, runtime: Runtime, threads: int | None
 ) -> dict[str, Any]:
     """Ceilings of the runtime, what every model does in a call and which share of its time that takes at them, and why
     those that are not faster are not. Raises UnavailableError for runtimes that run no ONNX files."""
@@ -262,7 +281,7 @@ def explain(
     from bench.work import work_of
 
     ceilings = measure_ceilings(runtime, threads=threads)
-    works = {name: work_of(file, inputs) for name, file in files.items()}
+    works = {name: work_of(file, cell.of(name)) for name, file in files.items()}
     dense = works[report.latencies[0].name]
     models = {}
     for name, work in works.items():
@@ -291,17 +310,24 @@ def show_reasons(found: dict[str, Any]) -> None:
     print()
 
 
-def _bundle_models(bundle: Path) -> dict[str, Path]:
-    """The models a manifest lists; without one, the ONNX files in `models/` or in the directory itself."""
+def _bundle_models(bundle: Path, decoders: bool) -> dict[str, Path]:
+    """The models a manifest lists, or their decoders; without one, the ONNX files in `models/` or in the directory
+    itself, or those of `decoders/`."""
     from deploy_prune.files import read_json
 
     manifest = bundle / "manifest.json"
+    if not manifest.exists() and decoders:
+        return {file.parent.name: file for file in sorted(bundle.glob("decoders/*/model.onnx"))}
     if not manifest.exists():
         folder = bundle / "models" if (bundle / "models").is_dir() else bundle
         return _name(sorted(folder.glob("*.onnx"))) if any(folder.glob("*.onnx")) else {}
     data = read_json(manifest)
     try:
-        files = {str(member["name"]): bundle / str(member["file"]) for member in data["members"]}
+        files = {
+            str(member["name"]): bundle / str((member["decoder"] if decoders else member)["file"])
+            for member in data["members"]
+            if not decoders or member["decoder"]
+        }
     except (KeyError, TypeError) as error:
         raise ArtifactError(
             "the manifest does not list its models",

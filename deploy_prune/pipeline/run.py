@@ -14,7 +14,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import choosing, stages
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH, assemble, is_bundle, made_by
-from deploy_prune.pipeline.decoders import check_cache
+from deploy_prune.pipeline.decoders import DECODER, check_cache
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.learning import delta_stage
 from deploy_prune.pipeline.precisions import precision_stages
@@ -355,6 +355,8 @@ def bench_stage(
     lowered: Mapping[str, tuple[Stage, str]] | None = None,
 ) -> Stage | None:
     """Raw samples and figures of every cell, unless the recipe does without."""
+    from converters.decoder_export import GRAPH
+
     how = setup.recipe.bench
     if not how.enabled:
         return None
@@ -362,9 +364,10 @@ def bench_stage(
     precisions = {name: name.removeprefix(f"{twin}.") for name, (_, twin) in (lowered or {}).items()}
     made = {stages.DENSE: dense, **members, **extra}
     files = {name: stage.directory / f"{name}.onnx" for name, stage in made.items()}
+    decoders = {name: stage.directory / DECODER / GRAPH for name, stage in made.items()} if how.past else {}
 
     def work(directory: Path) -> None:
-        for report in stages.time_family(setup, files, precisions):
+        for report in stages.time_family(setup, files, precisions, decoders):
             cell = report.to_json()
             name = "-".join([str(cell["runtime"]), *(f"{k}{v}" for k, v in report.samples.sizes.items())])
             report.save_raw(directory / f"{name}.samples.json")

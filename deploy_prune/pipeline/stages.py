@@ -338,14 +338,17 @@ def onnx_predictor(onnx: Path) -> Any:
 
 
 def time_family(
-    setup: Setup, files: Mapping[str, Path], precisions: Mapping[str, str] | None = None
+    setup: Setup,
+    files: Mapping[str, Path],
+    precisions: Mapping[str, str] | None = None,
+    decoders: Mapping[str, Path] | None = None,
 ) -> list[LatencyReport]:
-    """Every cell of the recipe's latency table; the first of `files` is the baseline. Of those in another precision
-    (`precisions`: name -> which) a runtime is only given what it computes in."""
+    """Every cell of the recipe's latency table, those of `decoders` with a cache too; the first of `files` is the
+    baseline. Of those in another precision (`precisions`: name -> which) a runtime only gets what it computes in."""
     from bench.inputs import graph_inputs, has_sequence
     from bench.runtimes import get_runtime
     from bench.timing import Cell, measure_cells
-    from converters.precision.formats import runs
+    from converters.precision.formats import runs, steps_run
 
     how, seed = setup.recipe.bench, setup.recipe.seed
     specs = graph_inputs(next(iter(files.values())))
@@ -355,15 +358,21 @@ def time_family(
     for name in how.runtimes:
         runtime = get_runtime(name, trust_code=setup.recipe.model.startswith("python:"))
         timed = {member: file for member, file in files.items() if runs(name, (precisions or {}).get(member, "fp32"))}
-        reports += measure_cells(
-            timed,
-            cells,
-            runtime=runtime,
-            seconds=how.seconds,
-            threads=how.threads,
-            seed=seed,
-            progress=setup.progress,
-        )
+        asked = [(timed, cells)]
+        if how.past and decoders:
+            timed = {m: file for m, file in decoders.items() if steps_run(name, (precisions or {}).get(m, "fp32"))}
+            own = {member: graph_inputs(file) for member, file in timed.items()}
+            asked.append((timed, [Cell.step(own, batch, past, seed) for batch in how.batch for past in how.past]))
+        for timed, those in asked:
+            reports += measure_cells(
+                timed,
+                those,
+                runtime=runtime,
+                seconds=how.seconds,
+                threads=how.threads,
+                seed=seed,
+                progress=setup.progress,
+            )
     return reports
 
 

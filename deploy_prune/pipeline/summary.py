@@ -69,6 +69,8 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
 
 
 def _member(member: Member, manifest: Manifest) -> dict[str, Any]:
+    from deploy_prune.release.gate import sizes_name
+
     costs, dense = member.achieved, manifest.dense.achieved
     assert costs is not None and dense is not None
     return {
@@ -88,7 +90,7 @@ def _member(member: Member, manifest: Manifest) -> dict[str, Any]:
         "latency": [
             {
                 "runtime": entry.runtime,
-                "sizes": f"b{entry.batch}" + (f" s{entry.sequence}" if entry.sequence else ""),
+                "sizes": sizes_name(entry),
                 "p50_ms": entry.p50_ms,
                 "ratio": entry.ratio.value,
                 "low": entry.ratio.low,

@@ -111,6 +111,7 @@ def latency_entries(cells: Iterable[Mapping[str, Any]]) -> dict[str, list[Latenc
                     device=cell["device"],
                     batch=cell["batch"],
                     sequence=cell.get("sequence"),
+                    past=cell.get("past"),
                     ratio=RatioEntry(value=ratio["value"], low=ratio["low"], high=ratio["high"]),
                     trusted=cell["self_check"]["result"] == "passed",
                     **{

@@ -168,7 +168,7 @@ def _quality(quality: QualityEntry | None) -> str:
 
 
 def _latency(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    columns = ("model", "runtime", "batch", "sequence", "p50 ms", "p99 ms", "ratio (95 %)", "verdict")
+    columns = ("model", "runtime", "batch", "sequence", "past", "p50 ms", "p99 ms", "ratio (95 %)", "verdict")
     return columns, [_cell(member, entry) for member in manifest.members for entry in member.latency]
 
 
@@ -179,6 +179,7 @@ def _cell(member: Member, entry: LatencyEntry) -> Sequence[str]:
         entry.runtime,
         str(entry.batch),
         "–" if entry.sequence is None else str(entry.sequence),
+        "–" if entry.past is None else str(entry.past),
         f"{entry.p50_ms:.3g}",
         f"{entry.p99_ms:.3g}",
         f"{entry.ratio.value:.3f} ({entry.ratio.low:.3f}–{entry.ratio.high:.3f})",

@@ -190,6 +190,7 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
         if rules.runtime in (None, entry.runtime)
         and rules.batch in (None, entry.batch)
         and rules.sequence in (None, entry.sequence)
+        and rules.past in (None, entry.past)
     ]
     wanted = " ".join(
         part
@@ -197,6 +198,7 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
             rules.runtime or "",
             f"b{rules.batch}" if rules.batch else "",
             f"s{rules.sequence}" if rules.sequence else "",
+            f"past {rules.past}" if rules.past else "",
         )
         if part
     )
@@ -223,7 +225,17 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
 
 def cell_name(entry: LatencyEntry) -> str:
     """`ort-cpu b8 s128`."""
-    return f"{entry.runtime} b{entry.batch}" + (f" s{entry.sequence}" if entry.sequence else "")
+    return f"{entry.runtime} {sizes_name(entry)}"
+
+
+def sizes_name(entry: LatencyEntry) -> str:
+    """`b8 s128`, `b1 past 128`."""
+    parts = (
+        f"b{entry.batch}",
+        f"s{entry.sequence}" if entry.sequence else "",
+        f"past {entry.past}" if entry.past else "",
+    )
+    return " ".join(part for part in parts if part)
 
 
 def _device(entry: LatencyEntry) -> str:

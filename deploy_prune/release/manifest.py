@@ -97,12 +97,14 @@ class RatioEntry(_Part):
 
 
 class LatencyEntry(_Part):
-    """One member in one cell; milliseconds per call, examples per second. `trusted` when dense agreed with itself."""
+    """One member in one cell; milliseconds per call, examples per second. `past`: the call is of a decoder, one new
+    token per text on a cache of so many. `trusted` when dense agreed with itself."""
 
     runtime: Name
     device: Text | None
     batch: Count
     sequence: Count | None = None
+    past: Count | None = None
     p50_ms: float
     p90_ms: float
     p99_ms: float

@@ -45,7 +45,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "family": {"sparsities": [0.3], "layout": "uniform"},
         "refit": {"examples": 16},
         "export": {"cache": True, "checkpoints": True},
-        "bench": {"enabled": False},
+        "bench": {"seconds": 0.01, "seq": [8], "past": [12]},
         "precision": {"also": ["fp16", "bf16", "int8-dynamic"], "examples": 16, "agreement": {"bf16": 0.7}},
     }
     (room / "recipe.yaml").write_text(json.dumps(recipe))
@@ -84,6 +84,30 @@ def test_caches_of_half_precisions_are_half_as_large(bundle: Path) -> None:
     assert dtypes["s30"] == dtypes["s30.int8-dynamic"] == {"float32"}
     sizes = {member.name: member.decoder.bytes for member in manifest.members if member.decoder}
     assert sizes["s30.fp16"] < sizes["s30"]
+
+
+def test_decoders_are_timed_in_single_steps_where_a_runtime_computes_in_their_precision(bundle: Path) -> None:
+    cells = {
+        member.name: {(entry.sequence, entry.past) for entry in member.latency}
+        for member in Manifest.load(bundle / "manifest.json").members
+    }
+    assert cells["s30"] == cells["dense.int8-dynamic"] == {(8, None), (None, 12)}
+    assert cells["s30.fp16"] == set()
+    rules = ["-q", "gate", str(bundle), "--member", "s30", "--max-p50-ms", "1e6", "--no-verify"]
+    # As little as was timed here, dense need not agree with itself.
+    assert run_command([*rules, "--past", "12", "--allow-unmeasured", "max_p50_ms"]) == 0
+    assert run_command([*rules, "--past", "13"]) == 1
+
+
+def test_bench_times_the_decoders_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-q", "bench", str(bundle), "--past", "4,9", "--batch", "2", "--seconds", "0.01", "--json"]
+    assert run_command(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(cell["batch"], cell["past"]) for cell in told["cells"]] == [(2, 4), (2, 9)]
+    assert {line["name"] for line in told["cells"][0]["latencies"]} >= {"dense", "s30", "s30.int8-dynamic"}
+    assert told["left_out"]["ort-cpu"]["s30.fp16"] == "fp16"
+    assert run_command(["-q", "bench", str(bundle), "--past", "4", "--seq", "8"]) == 2
+    assert run_command(["-q", "bench", str(bundle / "models/s30.onnx"), "--past", "4"]) == 2
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8-dynamic"])

@@ -89,9 +89,9 @@ def in_short(results: Sequence[RaceResult]) -> str:
     if not results:
         return NONE_YET
     lines = [
-        "| model, metric | dense | removed: ours (best other) | lost, of what is lost by the best other of each size "
-        "| by the one best other | by the best as published |",
-        "|---|---|---|---|---|---|",
+        "| model, metric | others raced | dense | removed: ours (best other) "
+        "| lost, of what is lost by the best other of each size | by the one best other | by the best as published |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, result in titled(results).items():
         found, head = points(result), result.head
@@ -101,7 +101,7 @@ def in_short(results: Sequence[RaceResult]) -> str:
         over, one = summary(found), best_throughout(result)
         published = summary(points(result, ("own",), without=_our_refit()))
         lines.append(
-            f"| {title}, {head['metric']} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
+            f"| {title}, {head['metric']} | {_others(result)} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
             f"{', '.join(cells)} | {_of_best(over)} | {'' if one is None else f'{over.lost / one[2]:.2f}'} | "
             f"{_of_best(published)} |"
         )
@@ -115,6 +115,13 @@ def titled(results: Sequence[RaceResult]) -> dict[str, RaceResult]:
         name if names.count(name) == 1 else f"{name} ({result.head['calibration_examples']} to calibrate)": result
         for name, result in zip(names, results, strict=True)
     }
+
+
+def _others(result: RaceResult) -> int:
+    """How many contestants beside ours have rows."""
+    known = contestants()
+    names = {row["contestant"] for row in sound(result) if row["contestant"] != DENSE}
+    return len([name for name in names if name not in known or not known[name].ours])
 
 
 def _of_best(over: Summary) -> str:

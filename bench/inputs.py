@@ -32,13 +32,13 @@ class GraphInput:
     rows: int = 0
 
     def role(self, axis: int) -> Role | None:
-        """What a dynamic dimension counts: the first one examples, one called `past_sequence` or `total_sequence` the
+        """What a dynamic dimension counts: the first one examples, one called like `past_seq...` or `total_seq...` the
         tokens in a cache, or these and the new ones; the second of an integer matrix or one called like `seq...`
         positions; None for any other."""
         name = str(self.shape[axis] or "").lower()
         if axis == 0:
             return "batch"
-        if name in ("past_sequence", "total_sequence"):
+        if name.startswith(("past_seq", "total_seq")):
             return "past" if name.startswith("past") else "total"
         tokens = axis == 1 and len(self.shape) == 2 and self.dtype.startswith(("int", "bool"))
         return "sequence" if tokens or name.startswith("seq") else None

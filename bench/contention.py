@@ -28,23 +28,29 @@ def snapshot() -> Snapshot:
     return Snapshot(time.monotonic(), _machine_seconds(), time.process_time(), gpu_state())
 
 
-def between(before: Snapshot, after: Snapshot) -> dict[str, Any]:
-    """What happened meanwhile, as JSON: `others_cores` is how many cores other processes used on average (null where
-    the kernel does not say), `contended` whether that is above `BUSY`; the GPU's clocks, temperature and foreign
-    processes before and after."""
-    elapsed = max(1e-9, after.seconds - before.seconds)
-    others = None
-    if before.machine is not None and after.machine is not None:
-        used = (after.machine - before.machine) - (after.own - before.own)
-        others = round(max(0.0, used / elapsed), 2)
-    gpu = {"before": before.gpu, "after": after.gpu} if before.gpu or after.gpu else None
-    strangers = any((state or {}).get("other_processes", "0") != "0" for state in (before.gpu, after.gpu))
+def between(*spans: tuple[Snapshot, Snapshot]) -> dict[str, Any]:
+    """What happened within these spans of time, as JSON: `others_cores` is how many cores other processes used on
+    average (null where the kernel does not say), `contended` whether that is above `BUSY`; the GPU's clocks,
+    temperature and foreign processes before the first and after the last."""
+    elapsed = max(1e-9, sum(after.seconds - before.seconds for before, after in spans))
+    used = [_used(before, after) for before, after in spans]
+    known = [each for each in used if each is not None]
+    others = round(max(0.0, sum(known) / elapsed), 2) if len(known) == len(used) else None
+    first, last = spans[0][0].gpu, spans[-1][1].gpu
+    strangers = any((moment.gpu or {}).get("other_processes", "0") != "0" for span in spans for moment in span)
     return {
         "seconds": round(elapsed, 2),
         "others_cores": others,
         "contended": (others is not None and others > BUSY) or strangers,
-        "gpu": gpu,
+        "gpu": {"before": first, "after": last} if first or last else None,
     }
+
+
+def _used(before: Snapshot, after: Snapshot) -> float | None:
+    """CPU seconds of other processes; None where the kernel does not say."""
+    if before.machine is None or after.machine is None:
+        return None
+    return (after.machine - before.machine) - (after.own - before.own)
 
 
 def gpu_state() -> dict[str, str] | None:

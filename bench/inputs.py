@@ -70,8 +70,13 @@ def has_sequence(inputs: Sequence[GraphInput]) -> bool:
 
 
 def has_past(inputs: Sequence[GraphInput]) -> bool:
-    """Whether the graph is a decoder that takes caches."""
-    return any(i.role(axis) == "past" for i in inputs for axis, size in enumerate(i.shape) if not isinstance(size, int))
+    """Whether the graph is a decoder with a cache, or one whose every attention vanished: its mask covers a past."""
+    return any(
+        i.role(axis) in ("past", "total")
+        for i in inputs
+        for axis, size in enumerate(i.shape)
+        if not isinstance(size, int)
+    )
 
 
 def make_inputs(
@@ -120,8 +125,8 @@ def _shape(spec: GraphInput, sizes: Mapping[str, int | None], problems: list[str
                 "model with that dimension fixed"
             )
         elif sizes[role] is None:
-            needed = "past" if role == "total" else role
-            problems.append(f"{spec.name}: dimension {axis} needs a {needed} size")
+            needed = "past size (--past)" if role in ("past", "total") else f"{role} size"
+            problems.append(f"{spec.name}: dimension {axis} needs a {needed}")
         else:
             shape.append(int(sizes[role] or 0))
     if not spec.shape:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.contention import between, snapshot
+from bench.contention import Snapshot, between, snapshot
 from bench.environment import environment
-from bench.inputs import GraphInput, make_inputs
+from bench.inputs import GraphInput, has_past, make_inputs
 from bench.report import LatencyReport, summarise
 from bench.runtimes import Bound, Runtime, Session, get_runtime
 from bench.samples import Samples
@@ -80,6 +80,9 @@ class Cell:
     @staticmethod
     def step(specs: Mapping[str, Sequence[GraphInput]], batch: int, past: int, seed: int = 0) -> Cell:
         """One new token per text on caches of `past` tokens, each decoder's of its own shape. Raises as `made`."""
+        wrong = [name for name, each in specs.items() if not has_past(each)]
+        if wrong:
+            raise UsageError("no decoders with a cache", problems=wrong, remedy="Their steps cannot be timed.")
         own = {name: make_inputs(each, batch=batch, sequence=1, past=past, seed=seed) for name, each in specs.items()}
         return Cell(next(iter(own.values())), {"batch": batch, "past": past}, own)
 
@@ -134,8 +137,11 @@ def measure_cells(
         runtime = get_runtime(runtime)
     generator = np.random.default_rng(seed)
     listener = progress or SILENT
+    if runtime.one_shape and len(cells) > 1:
+        given: dict[str, Any] = {**counts, "seconds": seconds, "min_rounds": min_rounds, "threads": threads}
+        given |= {"runtime": runtime, "seed": seed, "progress": progress, "clock": clock}
+        return [report for cell in cells for report in measure_cells(candidates, [cell], **given)]
     place = environment()  # before our own work becomes part of the load
-    before = snapshot()
 
     taken = [_Taken([[] for _ in names], [{} for _ in names]) for _ in cells]
     listener.start(sessions * len(names) * (1 + len(cells)), "time")
@@ -147,6 +153,7 @@ def measure_cells(
                 loaded[index] = runtime.load(files[index], threads=threads)
                 listener.advance(1, names[index])
             for cell, found in zip(cells, taken, strict=True):
+                before = snapshot()
                 models: dict[int, Bound] = {}
                 for index in order:
                     models[index] = loaded[index].bind(cell.of(names[index].removesuffix(AGAIN)))
@@ -158,11 +165,11 @@ def measure_cells(
                     )
                 in_turn = [models[i] for i in range(len(names))]
                 found.parts.append(run_rounds(in_turn, found.schedule, generator, clock))
+                found.spans.append((before, snapshot()))
                 in_turn.clear()
                 models.clear()  # before the next cell takes its memory
                 listener.advance(len(names), ", ".join(f"{name} {size}" for name, size in cell.named().items()))
             loaded.clear()  # before the next session takes its memory
-    place["contention"] = between(before, snapshot())
     return [
         summarise(
             Samples(
@@ -177,7 +184,7 @@ def measure_cells(
                     for name, each in zip(names, found.warm, strict=True)
                 },
                 runtime=dict(zip(names, found.facts, strict=True)),
-                environment=place,
+                environment={**place, "contention": between(*found.spans)},
             )
         )
         for cell, found in zip(cells, taken, strict=True)
@@ -186,11 +193,13 @@ def measure_cells(
 
 @dataclass
 class _Taken:
-    """Of one cell: each model's warm-ups and what its runtime says, and timings and orders of every session."""
+    """Of one cell: each model's warm-ups and what its runtime says; timings, orders and when they were taken, of every
+    session."""
 
     warm: list[list[WarmUp]]
     facts: list[dict[str, Any]]
     parts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    spans: list[tuple[Snapshot, Snapshot]] = field(default_factory=list)
     schedule: Schedule | None = None
 
 

@@ -64,7 +64,7 @@ def export_decoder(
     from converters.genai import genai_config
 
     slots, signature = cache_slots(model), decoding_signature(model)
-    about = About(stop_tokens(model), _longest(model))
+    about = About(stop_tokens(model), longest_of(model))
     with atomic_dir(directory) as room:
         report = export_onnx(
             model,
@@ -94,6 +94,7 @@ def stop_tokens(model: nn.Module) -> tuple[int, ...]:
     return () if found is None else tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
-def _longest(model: nn.Module) -> int | None:
+def longest_of(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for, where it says so."""
     longest = getattr(model.config, "max_position_embeddings", None)
     return None if longest is None else int(longest)

@@ -44,7 +44,7 @@ class OnnxDecoder:
     ) -> None:
         """Caches stay on `device`, or where a `session` of the file that is given has them. Raises UnavailableError
         without onnxruntime, file or device, ArtifactError when the file is no decoder."""
-        self._session = session or OnnxSession(path, threads=threads, device=device)
+        self._session = session or _loaded(path, threads, device)
         names = [name for name, _, _ in self._session.inputs]
         said = self._session.metadata.get(METADATA)
         if names[:2] != [IDS, MASK] or said is None:
@@ -88,6 +88,22 @@ class OnnxDecoder:
         found = self._session.run_values({**fed, **past}, read=LOGITS)
         logits: np.ndarray = found.pop(LOGITS).numpy()
         return logits, {self._next[name]: value for name, value in found.items()}
+
+
+def _loaded(path: Path | str, threads: int | None, device: Device) -> OnnxSession:
+    """Raises UnavailableError, in place of what onnxruntime says, for a file in bf16 on a CPU."""
+    try:
+        return OnnxSession(path, threads=threads, device=device)
+    except ArtifactError as error:
+        from converters.precision.given import precision_of
+
+        if device == "cpu" and precision_of(Path(path)) == "bf16":
+            raise UnavailableError(
+                "ONNX Runtime has no kernels for bf16 on CPUs",
+                where=str(path),
+                remedy='Put it on a GPU (--device cuda, device="cuda"), or take it in fp32, fp16 or int8.',
+            ) from error
+        raise
 
 
 def generate(

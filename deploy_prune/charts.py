@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 def pareto(source: Path) -> Chart:
     """Quality over the median latency of every member, one line per runtime and size along the members that no other
     beats in both. Raises UsageError for a bundle that was not timed or judged."""
+    from deploy_prune.release.gate import cell_name
+
     manifest = _bundle(source)
     cells: dict[str, list[tuple[float, float, float, float, str]]] = {}
     for member in manifest.members:
         for entry in member.latency:
             if member.quality is not None:
-                name = f"{entry.runtime}, batch {entry.batch}" + (f", {entry.sequence}" if entry.sequence else "")
                 point = (entry.p50_ms, member.quality.value, *member.quality.interval, member.name)
-                cells.setdefault(name, []).append(point)
+                cells.setdefault(cell_name(entry), []).append(point)
     judged = next((m.quality for m in manifest.members if m.quality is not None), None)
     if judged is None or not cells:
         raise UsageError(

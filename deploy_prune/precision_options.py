@@ -30,6 +30,9 @@ class PrecisionOptions(BaseModel):
         False, description="int8: weights in 7 bits, for x86 CPUs without VNNI, whose 16-bit sums saturate"
     )
     keep: list[str] = Field([], description="names or patterns of nodes (of the fp32 file) that stay in fp32")
+    keep_decoder: list[str] = Field(
+        [], description="the same of the decoders with a cache, whose nodes have names of their own"
+    )
     overflow: Literal["refuse", "keep"] = Field(
         "refuse",
         description="half precisions: refuse values too large for the format, or keep what is around them in fp32",
@@ -43,6 +46,7 @@ class PrecisionOptions(BaseModel):
     def _once(self) -> PrecisionOptions:
         if len(set(self.also)) != len(self.also):
             raise ValueError("expected every precision once")
-        if self.keep and not self.also:
-            raise ValueError("`keep` without `also`: nothing is converted, so nothing can be kept in fp32")
+        for key in ("keep", "keep_decoder"):
+            if getattr(self, key) and not self.also:
+                raise ValueError(f"`{key}` without `also`: nothing is converted, so nothing can be kept in fp32")
         return self

@@ -271,6 +271,8 @@ class Recipe(Part):
     def _parts_go_together(self) -> Recipe:
         if self.dynamic.enabled and self.family.layout == "uniform":
             raise ValueError("expected `family.layout: free` with `dynamic.enabled`, which changes layers one by one")
+        if self.precision.keep_decoder and not self.export.cache:
+            raise ValueError("expected `export.cache: true` with `precision.keep_decoder`")
         if self.bench.past and not self.export.cache:
             raise ValueError("expected `export.cache: true` with `bench.past`, which times decoders with a cache")
         if self.dynamic.enabled and self.recover.enabled:

@@ -150,6 +150,29 @@ def test_all_cells_of_a_session_are_timed_in_one_load_of_the_models(three: FakeR
     assert not (reports[0].samples.order == reports[1].samples.order).all()
 
 
+def test_a_runtime_that_builds_for_a_shape_loads_the_models_for_every_cell(three: FakeRuntime) -> None:
+    three.one_shape = True  # type: ignore[misc]
+    cells = [Cell({"x": np.ones((batch, 4), np.float32)}) for batch in (2, 8)]
+    files = {name: name for name in three.nanoseconds}
+    reports = measure_cells(files, cells, runtime=three, clock=three.clock, sessions=3, rounds=4, calls=2)
+    assert len(three.loaded) == 2 * 3 * 4
+    assert [report.samples.sizes["batch"] for report in reports] == [2, 8]
+
+
+def test_every_cell_says_who_else_computed_while_it_was_timed(
+    three: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.contention import Snapshot
+
+    clock = iter(range(100))
+    # Others use no core in the first cell's spans and one in the second's; each span takes a second.
+    used = iter([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 2.0])
+    monkeypatch.setattr("bench.timing.snapshot", lambda: Snapshot(next(clock), next(used), 0.0, None))
+    cells = [Cell({"x": np.ones((batch, 4), np.float32)}) for batch in (2, 8)]
+    reports = measure_cells({"dense": "dense"}, cells, runtime=three, clock=three.clock, sessions=2, rounds=2, calls=1)
+    assert [report.samples.environment["contention"]["others_cores"] for report in reports] == [0.0, 1.0]
+
+
 def test_figures_follow_from_the_clock(three: FakeRuntime) -> None:
     report = measured(three, sessions=1, rounds=4, calls=2)
     small = report["small"]

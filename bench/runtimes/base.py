@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def called(path: Path) -> str:
+    """How errors call the model of a file: its name without suffix, that of a decoder `s30/model`."""
+    return f"{path.parent.name}/{path.stem}" if path.stem == "model" else path.stem
+
+
 class Bound(ABC):
     """A session with its inputs already where the runtime wants them: calling it is what gets timed.
 
@@ -31,7 +36,7 @@ class Session(ABC):
     """One loaded model."""
 
     name: str
-    """How errors call the model; its file name without suffix."""
+    """How errors call the model (`called`)."""
 
     @property
     @abstractmethod
@@ -67,6 +72,8 @@ class Runtime(ABC):
     name: ClassVar[str]
     remedy: ClassVar[str]
     """How to get the runtime where it is missing."""
+    one_shape: ClassVar[bool] = False
+    """Whether a session is built for the shapes it is bound to, so that others belong into a session of their own."""
 
     @abstractmethod
     def available(self) -> str | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.runtimes.base import Bound, Runtime, Session
+from bench.runtimes.base import Bound, Runtime, Session, called
 from bench.runtimes.cost import affinity, building
 from bench.runtimes.ort_cpu import thread_count
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
@@ -82,7 +82,7 @@ class OpenVino(Runtime):
 
 class _OpenVinoSession(Session):
     def __init__(self, path: Path, compiled: Any, facts: dict[str, Any]) -> None:
-        self.name = path.stem
+        self.name = called(path)
         self._compiled, self._facts = compiled, facts
 
     @property

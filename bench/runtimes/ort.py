@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.runtimes.base import Bound, Session
+from bench.runtimes.base import Bound, Session, called
 from bench.runtimes.placement import Placement, read_placement
 from deploy_prune.errors import ArtifactError, UsageError
 from deploy_prune.files import existing
@@ -73,7 +73,7 @@ class OrtSession(Session):
         profiled: Callable[[str], onnxruntime.InferenceSession] | None = None,
         check: Check | None = None,
     ) -> None:
-        self.name, self._path = path.stem, path
+        self.name, self._path = called(path), path
         self._session, self._device, self._facts = session, device, dict(facts)
         self._profiled, self._check = profiled, check
 

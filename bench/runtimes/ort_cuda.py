@@ -18,7 +18,7 @@ from bench.runtimes.ort_cpu import describe_options, session_options, thread_cou
 from bench.runtimes.placement import Placement
 from converters.onnx_session import preload_cuda
 from deploy_prune.errors import ArtifactError, DeployPruneError, UnavailableError
-from deploy_prune.files import scratch_directory
+from deploy_prune.files import existing, scratch_directory
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,7 +45,7 @@ class OrtCuda(Runtime):
         if reason := provider_missing():
             raise UnavailableError(f"runtime {self.name} is not available here", got=reason, remedy=self.remedy)
         preload_cuda()
-        path, count = Path(onnx_path), thread_count(threads)
+        path, count = existing(onnx_path, "ONNX file"), thread_count(threads)
         provider = {**PROVIDER_OPTIONS, **({"enable_cuda_graph": "1"} if self.graphs else {})}
 
         def session(*, strict: bool = False, profile: str | None = None) -> onnxruntime.InferenceSession:

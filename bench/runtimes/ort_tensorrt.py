@@ -31,6 +31,7 @@ class OrtTensorrt(Runtime):
     """ONNX Runtime, TensorrtExecutionProvider before CUDAExecutionProvider; engines are built at the first call."""
 
     name = "ort-tensorrt"
+    one_shape = True
     remedy = (
         "On a machine with an NVIDIA driver: pip uninstall -y onnxruntime; pip install 'deploy-prune[gpu]' tensorrt "
         "(TensorRT's libraries must be of the version this onnxruntime-gpu was built for)."

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.environment import cpu_model, gpu_name, gpus
-from bench.runtimes.base import Bound, Runtime, Session
+from bench.runtimes.base import Bound, Runtime, Session, called
 from bench.runtimes.cost import affinity, building
 from bench.runtimes.ort_cpu import thread_count
 from bench.runtimes.torch_forms import Function, TorchForm, torch_form
@@ -91,6 +92,7 @@ class TorchCompile(TorchRuntime):
     """torch.compile by inductor: on a GPU with CUDA graphs, without one on the CPU. A break in the graph is refused."""
 
     name = "torch-compile"
+    one_shape = True
     remedy = "Needs torch, a C++ compiler on the PATH, and a bundle with checkpoints (export.checkpoints: true)."
     compiled = True
 
@@ -108,7 +110,7 @@ class _TorchSession(Session):
     def __init__(self, form: TorchForm, facts: dict[str, Any], device: str, threads: int, *, compiled: bool) -> None:
         from bench.inputs import graph_inputs
 
-        self.name = form.onnx.stem
+        self.name = called(form.onnx)
         self._form, self._facts, self._device, self._threads, self._compiled = form, facts, device, threads, compiled
         self._specs = {spec.name: spec for spec in graph_inputs(form.onnx)}
         self._function: Function | None = None
@@ -162,9 +164,12 @@ class _TorchSession(Session):
         """Compile, and record CUDA graphs, which takes three calls."""
         import torch
 
+        # Every session compiles the same function: torch would stop at the ninth.
+        many = torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096)
         try:
-            for _ in range(3 if self._compiled else 1):
-                bound()
+            with many if self._compiled else nullcontext():
+                for _ in range(3 if self._compiled else 1):
+                    bound()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UnavailableError(
                 "torch.compile cannot take this model as one graph",

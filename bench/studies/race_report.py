@@ -15,6 +15,7 @@ import click
 from bench.studies.contestants import contestants
 from bench.studies.race_analysis import Point, Summary, best_throughout, lost, points, sound, summary
 from bench.studies.race_result import DENSE, RaceResult
+from deploy_prune.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- race: made by bench.studies.race_report -->", "<!-- end of race -->"
@@ -111,10 +112,15 @@ def in_short(results: Sequence[RaceResult]) -> str:
 def titled(results: Sequence[RaceResult]) -> dict[str, RaceResult]:
     """Every race by its recipe's name; where a recipe was raced on several amounts of data, with the amount."""
     names = [result.head["recipe"] for result in results]
-    return {
-        name if names.count(name) == 1 else f"{name} ({result.head['calibration_examples']} to calibrate)": result
-        for name, result in zip(names, results, strict=True)
-    }
+    found: dict[str, RaceResult] = {}
+    for name, result in zip(names, results, strict=True):
+        title = name if names.count(name) == 1 else f"{name} ({result.head['calibration_examples']} to calibrate)"
+        if title in found:
+            raise UsageError(
+                "two races of one recipe and one amount of data", got=f"{found[title].path}, {result.path}"
+            )
+        found[title] = result
+    return found
 
 
 def _others(result: RaceResult) -> int:

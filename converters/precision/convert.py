@@ -63,6 +63,7 @@ def convert_precision(
     caches: Collection[str] = (),
     questions: Sequence[Mapping[str, np.ndarray]] | None = None,
     asked: Asked = asked_of,
+    where: str | None = None,
 ) -> PrecisionReport:
     """Write the fp32 ONNX file `source` in another precision to `target`, and prove the two equal (see `prove`).
 
@@ -71,6 +72,7 @@ def convert_precision(
     with `overflow="keep"` so do those around values too large for the format, which are refused otherwise. `caches` are
     inputs and outputs of the graph that a half precision has in its format, and that may be empty. A graph that is not
     asked in one call comes with how it is (`asked`), and the `questions` that take the place of `calibration` then.
+    `where` names it in errors.
     Raises UnsupportedModelError (overflow, nothing to convert), ParityError when the file is not its twin, UsageError,
     ArtifactError for a damaged `source`.
     """
@@ -112,7 +114,7 @@ def convert_precision(
             agree=agree,
             mask=mask,
             limit=limit,
-            where=target.name,
+            where=where or target.name,
             asked=asked,
         )
     return PrecisionReport(
@@ -140,7 +142,7 @@ def _lowered(
     import onnx_ir as ir
 
     from converters.precision.half import LARGEST, filled, lower
-    from converters.precision.ranges import around, magnitudes, overflowing, refuse_overflow
+    from converters.precision.ranges import around, magnitudes, overflowing, refuse_caches, refuse_overflow
 
     fp32 = onnx.load(source)
 
@@ -161,6 +163,7 @@ def _lowered(
     largest = magnitudes(fp32, source, found.rounded, batches)
     reasons: dict[str, str] = {}
     if beyond := overflowing(largest, LARGEST[precision]):
+        refuse_caches({name: value for name, value in beyond.items() if name in narrow}, source, precision)
         if overflow == "refuse":
             refuse_overflow(fp32, source, beyond, precision, LARGEST[precision])
         for value, names in around(fp32, beyond).items():

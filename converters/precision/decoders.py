@@ -18,6 +18,7 @@ from converters.onnx_session import OnnxSession
 from converters.precision.convert import PrecisionReport, convert_precision
 from converters.precision.emulate import Emulated
 from converters.precision.formats import HALF, Precision, check_precision_name
+from converters.precision.given import fp32_graph
 from deploy_prune.errors import UsageError
 from deploy_prune.files import atomic_dir, existing
 
@@ -39,13 +40,14 @@ def convert_decoder(
     """Write the decoder in the directory `source`, as `export_decoder` wrote it in fp32, to the directory `target`.
 
     `calibration` are batches of `input_ids` and `attention_mask` (batch, tokens), both int64. Their beginnings are read
-    by both files, whole and then token by token, and so are made-up tokens with padding. `options` are those of
+    by both files, as a prefill and a few single steps, and so are made-up tokens with padding. `options` are those of
     `convert_precision`, which says what else is proved, and raises the same errors.
     """
     check_precision_name(precision)
     source, target = existing(source, "decoder"), Path(target)
     file = existing(source / GRAPH, "decoder")
     _check(calibration)
+    fp32_graph(file)  # refuses what is not fp32, or has its weights beside it
     session = OnnxSession(file)
     caches = [name for name, _, _ in (*session.inputs, *session.outputs) if is_cache(name)]
     decoder = OnnxDecoder(file, session=session)
@@ -62,6 +64,7 @@ def convert_decoder(
             made_up=list(padded(int(session.outputs[0][2][2]), decoder.about.longest)),
             asked=replayed,
             mask=MASK,
+            where=f"{target.name}/{GRAPH}",
             **options,
         )
 

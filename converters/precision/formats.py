@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -51,9 +52,20 @@ def runs(runtime: str, precision: str) -> bool:
 
 
 def steps_run(runtime: str, precision: str) -> bool:
-    """Whether a decoder's steps can be timed: as `runs`, but for bf16, which numpy has not, so that nobody can make up
-    its caches."""
-    return precision != "bf16" and runs(runtime, precision)
+    """Whether a decoder's steps can be timed: in runtimes of ONNX files alone, and not in bf16, which numpy has not, so
+    that nobody can make up its caches."""
+    return precision != "bf16" and precision in RUNS.get(runtime, ())
+
+
+def check_steps(runtimes: Iterable[str]) -> None:
+    """Raises UsageError for runtimes that run no ONNX files, and so no decoders with a cache."""
+    if wrong := [name for name in runtimes if name not in RUNS]:
+        raise UsageError(
+            "decoders with a cache are ONNX files",
+            expected=", ".join(RUNS),
+            got=", ".join(wrong),
+            remedy="Time them in another runtime, or leave the past out.",
+        )
 
 
 def check_precision_name(name: str) -> str:

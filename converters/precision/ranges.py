@@ -86,6 +86,17 @@ def refuse_overflow(
             where=str(path),
             expected=f"at most {limit:.6g} on the calibration data",
             problems=problems[:20],
-            remedy="Keep what makes and reads them in fp32 (precision.overflow=keep, or precision.keep=[NODE, ...]), "
-            "or take bf16, which has fp32's range.",
+            remedy="Keep what makes and reads them in fp32 (precision.overflow=keep, or precision.keep=[NODE, ...], "
+            "of a decoder with a cache precision.keep_decoder), or take bf16, which has fp32's range.",
+        )
+
+
+def refuse_caches(beyond: Mapping[str, float], path: Path, precision: str) -> None:
+    """Raise UnsupportedModelError for caches of a decoder that are too large for the format they are given in."""
+    if beyond:
+        raise UnsupportedModelError(
+            f"caches overflow in {precision}",
+            where=str(path),
+            problems=[f"{name} reaches {value:.4g}" for name, value in beyond.items()][:20],
+            remedy="Take bf16, which has fp32's range, or leave this model in fp32.",
         )

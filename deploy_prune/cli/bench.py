@@ -89,6 +89,7 @@ def command(
     from bench.environment import environment
     from bench.inputs import graph_inputs, has_sequence
     from bench.timing import Cell, measure_cells
+    from converters.precision.formats import check_steps
     from deploy_prune.cli import console
 
     if threads is not None and threads < 1:
@@ -101,6 +102,8 @@ def command(
     files = find_models(models, decoders=pasts is not None)
     baseline = next(iter(files))
     chosen = _runtimes(runtimes, trust_code)
+    if pasts is not None:
+        check_steps(runtime.name for runtime in chosen)
     left_out = uncomputed(files, [runtime.name for runtime in chosen], steps=pasts is not None)
     if output is not None:
         _refuse_unwritable(output)
@@ -114,7 +117,7 @@ def command(
         lengths = counts("--seq", sequences)
     elif has_sequence(specs[baseline]):
         lengths = [DEFAULT_SEQUENCE]
-    # All made and tried before anything is timed: a bad size must not show after minutes of work.
+    # Made and tried with the baseline before anything is timed: a bad size must not show after minutes of work.
     if pasts is not None:
         cells = [Cell.step(specs, batch, past, seed) for batch in batch_sizes for past in counts("--past", pasts)]
     else:

@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from deploy_prune.cli import console
-from deploy_prune.errors import ArtifactError, UnavailableError, UsageError, did_you_mean
+from deploy_prune.errors import ArtifactError, UsageError, did_you_mean
 from deploy_prune.files import existing, sha256_file
 
 
@@ -43,7 +43,6 @@ def command(
 
     file = _graph(thing, member)
     text = Text(tokenizer or file.parent / "tokenizer.json")
-    _refuse_uncomputed(file, device)
     decoder = OnnxDecoder(file, threads=threads, device=device)
     given = [text.ids(prompt) for prompt in prompts]
     started = time.monotonic()
@@ -60,18 +59,6 @@ def command(
         print(prompt + text.text(new))
     steps = max(map(len, made))
     console.note(f"{steps} tokens in {console.duration(seconds)}, with prefill ({steps / seconds:.1f} a second)")
-
-
-def _refuse_uncomputed(file: Path, device: str) -> None:
-    """Raise UnavailableError for a file in bf16 on a CPU."""
-    from converters.precision.given import precision_of
-
-    if device == "cpu" and precision_of(file) == "bf16":
-        raise UnavailableError(
-            "ONNX Runtime has no kernels for bf16 on CPUs",
-            where=str(file),
-            remedy="--device cuda, or take the member in fp32, fp16 or int8.",
-        )
 
 
 def _graph(thing: Path, member: str | None) -> Path:

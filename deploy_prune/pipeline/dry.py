@@ -122,6 +122,7 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
         bench = recipe.bench
         cells = f"batch {', '.join(map(str, bench.batch))}"
         cells += f"; sequence {', '.join(map(str, bench.seq))}" if bench.seq else ""
+        cells += f"; one new token on caches of {', '.join(map(str, bench.past))}" if bench.past else ""
         stages.append(f"bench: {', '.join(bench.runtimes)}; {cells}; {bench.seconds:g} s for each model and cell")
     stages.append("bundle: assemble, then rename into place")
     return stages

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.decoder_export import GRAPH
 from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import stages
@@ -30,6 +31,8 @@ def precision_stages(
     how = setup.recipe.precision
     files = {name: stage.directory / f"{name}.onnx" for name, stage in models.items()}
     keep = distributed.from_main(lambda: kept_in(files, how.keep)) if how.also else {}
+    decoders = {name: stage.directory / DECODER / GRAPH for name, stage in models.items()} if how.keep_decoder else {}
+    kept = distributed.from_main(lambda: kept_in(decoders, how.keep_decoder)) if decoders else {}
     done = {}
     for precision in how.also:
         for twin, stage in models.items():
@@ -44,6 +47,7 @@ def precision_stages(
 
             def work(directory: Path, name: str = name, precision: str = precision, twin: str = twin) -> None:
                 facts = make_precision(setup, files[twin], directory, name, precision, reference, keep[twin])
+                facts["decoder"] = lower_decoder(setup, files[twin].parent, directory, precision, kept.get(twin, ()))
                 write_json(directory / FACTS, facts)
 
             done[name] = (workspace.stage(name, inputs, work), twin)
@@ -93,7 +97,6 @@ def make_precision(
         **options_of(setup, precision),
     )
     converted = time.monotonic() - started
-    decoder = lower_decoder(setup, twin.parent, directory, precision)
     answer = asked_of(file, precision)
     quality = stages.judge(setup, file, directory, reference, predict=_predict(answer))
     record_answers(directory / stages.SAMPLES, answer, signature, seed=setup.recipe.seed)
@@ -103,34 +106,29 @@ def make_precision(
         "parity": {**found.pop("parity"), **found},
         "quality": quality,
         "audit": _audit(setup, file, report.quantized),
-        "decoder": decoder,
         "seconds": {"convert": converted},
     }
 
 
-def lower_decoder(setup: Setup, twin: Path, directory: Path, precision: Any) -> dict[str, Any] | None:
+def lower_decoder(
+    setup: Setup, twin: Path, directory: Path, precision: Any, keep: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """Convert the decoder with a cache in the stage directory `twin`, and let it answer the same tokens; None where
-    there is none. The recipe's nodes to keep are kept as far as its graph has nodes of these names.
-
-    Raises as `make_precision`.
+    there is none. `keep` are names or patterns of its nodes. Raises as `make_precision`.
     """
-    from converters.decoder_export import GRAPH
     from converters.precision.decoders import convert_decoder, replayed
-    from converters.precision.given import matched, node_names
     from deploy_prune.release.samples import Sample, load_samples, save_samples
 
     facts = read_json(twin / FACTS)["decoder"]
     if facts is None:
         return None
     source, target = twin / DECODER, directory / DECODER
-    patterns = setup.recipe.precision.keep
-    names = node_names(source / GRAPH) if patterns else []
     report = convert_decoder(
         source,
         target,
         precision,
         calibration_of(setup),
-        keep=[pattern for pattern in patterns if matched(pattern, names)],
+        keep=keep,
         **options_of(setup, precision),
     )
     answer = replayed(target / GRAPH, precision)
@@ -182,7 +180,7 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
         quality=QualityEntry.model_validate(facts["quality"]) if facts["quality"] else None,
         scores=place(bundle, f"scores/{name}.safetensors", scores, link=True) if judged else None,
         parity=facts["parity"],
-        decoder=place_decoder(bundle, name, stage.directory, facts["decoder"], LIMITS[precision].again),
+        decoder=place_decoder(bundle, name, stage.directory, facts.get("decoder"), LIMITS[precision].again),
         samples=SamplesEntry(file=samples, tolerance=LIMITS[precision].again),
         latency=latency,
         audit=facts["audit"],

@@ -120,13 +120,17 @@ def _finished(out: Path, wanted: str) -> bool:
 
 
 def check_runtimes(recipe: Recipe) -> None:
-    """Raise UnavailableError when a runtime to be timed is not here: that must not show after hours of search."""
+    """Raise UnavailableError when a runtime to be timed is not here, UsageError when it does not run what it is to
+    time: that must not show after hours of search."""
     from bench.runtimes import get_runtime
+    from converters.precision.formats import check_steps
 
     check_names(recipe)
     if recipe.bench.enabled:
         for name in recipe.bench.runtimes:
             get_runtime(name)
+        if recipe.bench.past:
+            check_steps(recipe.bench.runtimes)
     if recipe.family.budget in MEASURED:
         get_runtime(recipe.family.latency.runtime)
 
@@ -151,8 +155,19 @@ def _check_path(recipe: Recipe, path: SolutionPath | None) -> None:
 
 
 def _check_lengths(setup: Setup) -> None:
-    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence."""
-    lengths = setup.recipe.bench.seq
+    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for longer pasts
+    than the model has positions for."""
+    from converters.decoder_export import longest_of
+
+    lengths, pasts = setup.recipe.bench.seq, setup.recipe.bench.past
+    longest = longest_of(setup.model) if pasts else None
+    if pasts and longest is not None and max(pasts) >= longest:
+        raise UsageError(
+            "more tokens than the model has positions for",
+            where="recipe key bench.past",
+            expected=f"at most {longest - 1} and one new token",
+            got=str(max(pasts)),
+        )
     if lengths and "sequence" not in setup.task.signature.dynamic:
         raise UsageError(
             "the model has no sequence to vary",

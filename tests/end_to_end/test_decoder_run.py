@@ -185,7 +185,7 @@ def test_generate_imports_neither_torch_nor_transformers(bundle: Path) -> None:
         "import sys; from deploy_prune.cli.main import run_command;"
         f"words = ['-q', 'generate', {str(bundle / 'decoders/s30')!r}, '--prompt', 'w1', '--tokens', '2'];"
         "assert run_command(words) == 0;"
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules), 'imported'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -197,6 +197,38 @@ def test_generate_imports_neither_torch_nor_transformers(bundle: Path) -> None:
 )
 def test_generate_refuses_what_is_not_there(bundle: Path, words: list[str], code: int) -> None:
     assert run_command(["-q", "generate", str(bundle), "--prompt", "w1", *words]) == code
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "words"),
+    [
+        ("bench.past=[64]", 2, "more tokens than the model has positions for"),
+        ("bench.runtimes=[torch-cpu]", 2, "decoders with a cache are ONNX files"),
+        ("precision.keep_decoder=[nowhere]", 2, "no node is called 'nowhere'"),
+        ("export.cache=false", 2, "with `bench.past`"),
+    ],
+)
+def test_what_does_not_go_with_decoders_is_refused(
+    setting: str, code: int, words: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(bundle.parent / "recipe.yaml")
+    assert run_command(["-q", "run", recipe, "--set", setting, "--out", str(tmp_path / "out")]) == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_of_unlike_pasts_are_series_of_their_own(bundle: Path, tmp_path: Path) -> None:
+    from deploy_prune.charts import pareto
+    from deploy_prune.release.manifest import QualityEntry
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = Manifest.load(copy / "manifest.json")
+    judged = QualityEntry(metric="perplexity", value=9.0, n=4, interval=(8.0, 10.0), higher_is_better=False)
+    members = [m.model_copy(update={"quality": judged}) for m in manifest.members]
+    (copy / "manifest.json").unlink()
+    finish(copy, manifest.model_copy(update={"members": members, "files": {}}))
+    names = {series.name for series in pareto(copy).series}
+    assert {"ort-cpu b1 s8", "ort-cpu b1 past 12"} <= names
 
 
 @pytest.fixture

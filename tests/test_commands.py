@@ -59,6 +59,7 @@ ELSEWHERE = {
     "deploy-prune export path.safetensors --sparsity .3,.5 -o runs/embedder": "tests/test_tasks_embedding.py",
     "deploy-prune export path.safetensors --sparsity .3,.5,.7": "tests/test_real_text.py",
     "deploy-prune run smollm2-wikitext": "tests/end_to_end/test_decoder_run.py",
+    "deploy-prune bench runs/lm": "tests/end_to_end/test_decoder_run.py",
     "deploy-prune generate": "tests/end_to_end/test_decoder_run.py",
     "deploy-prune plan build": "tests/test_foreign_plans.py",
     "deploy-prune plot predicted": "tests/test_plots.py",

@@ -142,7 +142,7 @@ def test_model_card_tells_members_latency_and_interface(bundle):
     dense = manifest.dense.model_copy(update={"latency": latency_entries([CELL])["dense"]})
     card = model_card(manifest.model_copy(update={"members": [dense, manifest.members[1]]}))
     assert "| s02 | sparsity 0.02 | 1 | 1 |" in card
-    assert "| dense | ort-cpu | 8 | – | 1 | 2 | 0.700 (0.600–0.800) | faster |" in card
+    assert "| dense | ort-cpu | 8 | – | – | 1 | 2 | 0.700 (0.600–0.800) | faster |" in card
     assert "| images | float32 | batch×3×32×32 | values |" in card
     assert "0.75 (0.4–0.9, n=8)" in card
 

@@ -101,10 +101,11 @@ def test_nodes_to_keep_without_a_precision_are_refused(written: Any) -> None:
     assert "`keep` without `also`" in problem
 
 
-def test_decoders_with_a_cache_are_refused_in_other_precisions() -> None:
-    settings = ["precision.also=[fp16]", "export.cache=true"]
-    with pytest.raises(RecipeError, match="decoders with a cache stay fp32"):
+@pytest.mark.parametrize("settings", [["precision.keep_decoder=[a]", "precision.also=[fp16]"], ["bench.past=[8]"]])
+def test_what_concerns_decoders_with_a_cache_wants_them(settings: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"export\.cache: true"):
         load_recipe("digits", settings)
+    load_recipe("digits", [*settings, "export.cache=true"])
 
 
 def test_a_seed_that_no_generator_takes_is_refused(written: Any) -> None:

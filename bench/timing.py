@@ -82,7 +82,11 @@ class Cell:
         """One new token per text on caches of `past` tokens, each decoder's of its own shape. Raises as `made`."""
         wrong = [name for name, each in specs.items() if not has_past(each)]
         if wrong:
-            raise UsageError("no decoders with a cache", problems=wrong, remedy="Their steps cannot be timed.")
+            raise UsageError(
+                "no decoders with a cache",
+                problems=wrong,
+                remedy="Give decoders/NAME/model.onnx of a bundle made with export.cache.",
+            )
         own = {name: make_inputs(each, batch=batch, sequence=1, past=past, seed=seed) for name, each in specs.items()}
         return Cell(next(iter(own.values())), {"batch": batch, "past": past}, own)
 

@@ -96,5 +96,5 @@ def stop_tokens(model: nn.Module) -> tuple[int, ...]:
 
 def longest_of(model: nn.Module) -> int | None:
     """How many tokens the model has positions for, where it says so."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return None if longest is None else int(longest)

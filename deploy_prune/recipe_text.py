@@ -172,7 +172,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             problems.append(f"{where}: {str(item['ctx']['error']) if 'ctx' in item else item['msg']}")
         else:
             expected = item["msg"].removeprefix("Input should be ")
-            problems.append(f"{where}: expected {expected}; got {_short(item['input'])}")
+            example = f", for example [{_short(item['input'])}]" if item["type"] == "list_type" else ""
+            problems.append(f"{where}: expected {expected}{example}; got {_short(item['input'])}")
     return problems
 
 

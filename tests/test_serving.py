@@ -104,7 +104,8 @@ def test_run_py_tokenises_as_the_tokenizer_of_the_checkpoint_does(bundle):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
-    tokenizer.save(str(bundle / "checkpoints/s02/tokenizer.json"))
+    (bundle / "checkpoints/s02/tokenizer").mkdir()  # where checkpoints have it, see test_run_py_answers_a_text
+    tokenizer.save(str(bundle / "checkpoints/s02/tokenizer/tokenizer.json"))
     manifest = Manifest.load(bundle / "manifest.json")
     entries = [
         TensorEntry(name=name, dtype="int64", shape=["batch", "sequence"], role=role)

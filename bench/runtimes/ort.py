@@ -136,7 +136,7 @@ class OrtSession(Session):
                 "the model does not run on these inputs",
                 where=self.name,
                 got=f"{shapes}: {_first_line(error)}",
-                remedy="Choose a batch and sequence size the model was exported for.",
+                remedy="Choose sizes that the model takes: --batch and --seq, in recipes bench.batch and bench.seq.",
             ) from error
 
 

@@ -183,7 +183,7 @@ class _TorchSession(Session):
                 "the model does not run on these inputs",
                 where=self.name,
                 got=f"{shapes}: {(str(error).splitlines() or [''])[0][:300]}",
-                remedy="Choose a batch and sequence size the model was made for.",
+                remedy="Choose sizes that the model takes: --batch and --seq, in recipes bench.batch and bench.seq.",
             ) from error
 
 

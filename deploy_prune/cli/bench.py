@@ -190,7 +190,9 @@ def find_models(arguments: Sequence[str], *, decoders: bool = False) -> dict[str
             where=arguments[0],
             expected=f"decoders/{BASELINE}/model.onnx" if decoders else f"models/{BASELINE}.onnx",
             got=", ".join(files) or "no models",
-            remedy="Give the ONNX files themselves; the first one is the baseline.",
+            remedy="Make it again with --set export.cache=true."
+            if decoders and not files
+            else "Give the ONNX files themselves; the first one is the baseline.",
         )
     return {BASELINE: files.pop(BASELINE), **files}
 

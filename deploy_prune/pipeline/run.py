@@ -113,7 +113,7 @@ def _finished(out: Path, wanted: str) -> bool:
             "the output is the bundle of another run",
             where=str(out),
             got="a manifest of another recipe, data, weights or versions",
-            remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
+            remedy="--fresh replaces it when the new one is whole; or choose another output directory.",
         )
     discard(work_directory(out))
     return True

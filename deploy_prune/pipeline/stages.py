@@ -348,11 +348,13 @@ def time_family(
     from bench.inputs import graph_inputs, has_sequence
     from bench.runtimes import get_runtime
     from bench.timing import Cell, measure_cells
+    from converters.decoder_export import longest_of
     from converters.precision.formats import runs, steps_run
 
     how, seed = setup.recipe.bench, setup.recipe.seed
     specs = graph_inputs(next(iter(files.values())))
-    lengths: Sequence[int | None] = how.seq or ([DEFAULT_SEQUENCE] if has_sequence(specs) else [None])
+    usual = min(DEFAULT_SEQUENCE, longest_of(setup.model) or DEFAULT_SEQUENCE)
+    lengths: Sequence[int | None] = how.seq or ([usual] if has_sequence(specs) else [None])
     cells = [Cell.made(specs, batch, length, seed) for batch in how.batch for length in lengths]
     reports = []
     for name in how.runtimes:

@@ -180,7 +180,7 @@ def _occupy(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], 
             "cannot write the output",
             where=str(directory),
             got=error.strerror,
-            remedy="Choose another directory with --out.",
+            remedy="Choose another output directory.",
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +195,7 @@ def _occupy(out: Path, directory: Path, mode: Mode, is_output: Callable[[Path], 
         raise UnavailableError(
             "another run is writing this output",
             where=str(directory),
-            remedy="Wait for it, or choose another directory with --out.",
+            remedy="Wait for it, or choose another output directory.",
         ) from error
     except BaseException:
         if [child.name for child in directory.iterdir()] == [_LOCK]:  # nothing of an earlier run: leave no trace
@@ -236,7 +236,7 @@ def work_directory(out: Path) -> Path:
             "the output needs a name of its own",
             got=str(out),
             expected="a directory such as runs/mine",
-            remedy="Choose another directory with --out; nothing was touched.",
+            remedy="Choose another output directory; nothing was touched.",
         )
     return out.with_name(out.name + ".work")
 
@@ -254,14 +254,14 @@ def refuse_foreign(
                 where=str(out),
                 expected="nothing, or a bundle of an earlier run",
                 got=what,
-                remedy="Choose another directory with --out; nothing was touched.",
+                remedy="Choose another output directory; nothing was touched.",
             )
         if mode == "new" and not replace:
             raise UsageError(
                 "the output exists already",
                 where=str(out),
                 got="a bundle of an earlier run",
-                remedy="--fresh replaces it when the new one is whole; --out chooses another directory.",
+                remedy="--fresh replaces it when the new one is whole; or choose another output directory.",
             )
     if not directory.exists() or not any(directory.iterdir()):
         return
@@ -272,7 +272,7 @@ def refuse_foreign(
             where=str(directory),
             expected="nothing, or stages of an earlier run",
             got="a directory with other files",
-            remedy="Choose another directory with --out; nothing was touched.",
+            remedy="Choose another output directory; nothing was touched.",
         )
     whole = sorted(record.parent.name for record in directory.glob(f"*/{_RECORD}"))
     begun = sorted(saved.name.removesuffix(SAVED) for saved in directory.glob(f"*{SAVED}"))

@@ -203,7 +203,11 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
         if part
     )
     if not cells:
-        yield _unmeasured(name, member, text, "no such cell was timed" if wanted else "nothing was timed", wanted)
+        timed = ", ".join(map(cell_name, member.latency))
+        why = f"no such cell was timed, only {timed}" if timed else "nothing was timed"
+        if not timed and member.precision != "fp32":
+            why += f": does a runtime of the run compute in {member.precision}?"
+        yield _unmeasured(name, member, text, why, wanted)
     for entry in cells:
         cell = cell_name(entry)
         if not entry.trusted:
@@ -269,7 +273,7 @@ def _runtime(member: Member, runtime: str) -> Verdict:
 
 
 def _unmeasured(rule: str, member: Member, limit: str, reason: str, cell: str = "") -> Verdict:
-    return Verdict(rule, member.name, "not measured", "not measured", limit, cell, reason)
+    return Verdict(rule, member.name, "not measured", "–", limit, cell, reason)
 
 
 def _settle(verdict: Verdict, rules: RuleSet) -> Verdict:

@@ -62,7 +62,8 @@ def markdown(report: GateReport) -> str:
 
 def sentence(verdict: Verdict) -> str:
     """`s50: max_p50_ms (ort-cpu b8) failed: 3.4, limit 3 ms`."""
-    return f"{verdict.member}: {verdict.name} {verdict.outcome}: {verdict.figure}, limit {verdict.limit}"
+    found = verdict.reason.splitlines()[0] if verdict.figure == "–" and verdict.reason else verdict.figure
+    return f"{verdict.member}: {verdict.name} {verdict.outcome}: {found}, limit {verdict.limit}"
 
 
 def write(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def verify(
         problems, differences, checks = list(damage.values()), [], []
         for member in manifest.members:
             if not damage.keys() & set(member.named_files()):  # a damaged file is reported once, and not opened
-                found, text, made = _check(bundle, manifest, member, ways)
+                found, text, made = _check(bundle, manifest, member, ways, damage)
                 problems += [f"{member.name}: {problem}" for problem in found]
                 differences += [f"{member.name}: {line}" for line in text]
                 checks += made
@@ -116,10 +116,10 @@ def _refuse_odd(manifest: Path) -> None:
 
 
 def _check(
-    bundle: Path, manifest: Manifest, member: Member, ways: Mapping[str, Asker]
+    bundle: Path, manifest: Manifest, member: Member, ways: Mapping[str, Asker], damaged: Collection[str]
 ) -> tuple[list[str], list[str], list[MemberCheck]]:
     """(what is wrong with the member's files, where its answers differ, its figures in every runtime)."""
-    problems = list(_member_problems(bundle, manifest, member))
+    problems = list(_member_problems(bundle, manifest, member, damaged))
     if problems:
         return problems, [], []
     differences, checks = [], []
@@ -157,7 +157,7 @@ def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]
             yield name, f"{name}: has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
 
 
-def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
+def _member_problems(bundle: Path, manifest: Manifest, member: Member, damaged: Collection[str]) -> Iterator[str]:
     """What of a member is not as the manifest says: its plan, its graph, its interface."""
     if member.plan is not None:
         try:
@@ -183,17 +183,20 @@ def _member_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterat
     if member.checkpoint is not None and f"{member.checkpoint}/model.safetensors" not in manifest.files:
         yield f"{member.checkpoint} holds no model.safetensors"
     yield from graph_problems(bundle, manifest, member, manifest.inputs, [manifest.output])
-    yield from _twin_problems(bundle, manifest, member)
+    yield from _twin_problems(bundle, manifest, member, damaged)
 
 
-def _twin_problems(bundle: Path, manifest: Manifest, member: Member) -> Iterator[str]:
-    """Weights of a member in another precision that are not its fp32 twin's, rounded."""
+def _twin_problems(bundle: Path, manifest: Manifest, member: Member, damaged: Collection[str]) -> Iterator[str]:
+    """Weights of a member in another precision that are not its fp32 twin's, rounded. Files that are `damaged` are not
+    opened; they are reported already."""
     from converters.precision.stored import stored_faults
 
     twin = next((m for m in manifest.members if m.name == member.twin), None)
     if twin is None:
         return
     for ours, theirs in ((member, twin), (member.decoder, twin.decoder)):
-        if ours is not None and theirs is not None and theirs.external is None and ours.external is None:
+        if ours is None or theirs is None or {ours.file, theirs.file} & set(damaged):
+            continue
+        if theirs.external is None and ours.external is None:
             for fault in stored_faults(bundle / theirs.file, bundle / ours.file, member.precision):
                 yield f"{ours.file}: {fault}"

@@ -78,7 +78,12 @@ class CausalLM(Task):
         longest = max_length_of(model, loaded, None)
         stride = length if stride is None else stride
         if not 2 <= length <= longest:
-            raise UsageError("window length outside the model's range", got=str(length), expected=f"2 to {longest}")
+            raise UsageError(
+                "window length outside the model's range",
+                got=str(length),
+                expected=f"2 to {longest}",
+                remedy="--task-option length=N, in recipes task.options.length.",
+            )
         if not 1 <= stride <= length:
             raise UsageError("stride outside its range", got=str(stride), expected=f"1 to the length, {length}")
         return cls(model, loaded, length, stride, calibration, evaluation, metric)

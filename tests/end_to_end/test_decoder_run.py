@@ -86,6 +86,17 @@ def test_caches_of_half_precisions_are_half_as_large(bundle: Path) -> None:
     assert sizes["s30.fp16"] < sizes["s30"]
 
 
+def test_run_py_answers_a_text(bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(bundle / "run.py"), "--member", "s30", "w5 w0 w66"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_decoders_are_timed_in_single_steps_where_a_runtime_computes_in_their_precision(bundle: Path) -> None:
     cells = {
         member.name: {(entry.sequence, entry.past) for entry in member.latency}
@@ -229,6 +240,20 @@ def test_cells_of_unlike_pasts_are_series_of_their_own(bundle: Path, tmp_path: P
     finish(copy, manifest.model_copy(update={"members": members, "files": {}}))
     names = {series.name for series in pareto(copy).series}
     assert {"ort-cpu b1 s8", "ort-cpu b1 past 12"} <= names
+
+
+@pytest.mark.parametrize("name", ["models/s30.onnx", "decoders/s30/model.onnx"])
+@pytest.mark.parametrize("how", ["cut short", "gone"])
+def test_damage_of_a_model_that_others_are_compared_with_is_told(
+    name: str, how: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (copy / name).write_bytes((copy / name).read_bytes()[:1000])
+    if how == "gone":
+        (copy / name).unlink()
+    assert run_command(["-q", "verify", str(copy)]) == 4
+    told = capsys.readouterr().err
+    assert f"{name}: {'is missing' if how == 'gone' else 'has 1000 bytes'}" in told
 
 
 @pytest.fixture

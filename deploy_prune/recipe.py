@@ -220,8 +220,9 @@ class QualityPart(Part):
 
 
 class BenchPart(Part):
-    """What is timed: every runtime at every batch and sequence size; `past`, with `export.cache`, also one new token on
-    caches of so many tokens."""
+    """What is timed: every runtime at every batch and sequence size, about `seconds` for each model in each cell. `seq`
+    null is 128 tokens, or as many as the model has positions for, where it takes a sequence; `past`, with
+    `export.cache`, also times one new token on caches of so many; `threads` null is every core."""
 
     enabled: bool = True
     runtimes: list[str] = ["ort-cpu"]

@@ -77,6 +77,8 @@ def _describer(thing: str) -> Callable[[str], dict[str, Any]]:
     path = Path(thing)
     if thing.partition(":")[0] in MODEL_SCHEMES:  # before the suffixes: timm:NAME@FILE.safetensors is a model
         return describe_model
+    if path.is_dir() and (path / "config.json").is_file() and not (path / "manifest.json").exists():
+        raise UsageError("a directory of transformers is named as a model", got=thing, expected=f"hf:{thing}")
     if path.is_dir():
         return describe_bundle
     if path.suffix == ".safetensors":

@@ -151,7 +151,7 @@ def test_torch_refuses_images_of_another_size(bundle: Path) -> None:
     session = RUNTIMES["torch-cpu"].load(bundle / "models" / "s40.onnx", threads=1)
     session.run(IMAGES)  # its function is known from here on
     (name,) = IMAGES
-    with pytest.raises(UsageError, match="Choose a batch and sequence size") as caught:
+    with pytest.raises(UsageError, match="Choose sizes that the model takes") as caught:
         session.run({name: IMAGES[name][..., :-1]})
     assert name in str(caught.value)
 
@@ -248,10 +248,15 @@ def test_building_is_told_apart_from_running_and_adds_up() -> None:
 
 
 def test_cores_used_by_others_are_what_the_machine_used_beyond_this_process() -> None:
-    told = between(Snapshot(0.0, 100.0, 10.0, None), Snapshot(10.0, 125.0, 20.0, None))
+    told = between((Snapshot(0.0, 100.0, 10.0, None), Snapshot(10.0, 125.0, 20.0, None)))
     assert told["others_cores"] == 1.5 and told["contended"] and told["gpu"] is None
-    quiet = between(Snapshot(0.0, 100.0, 10.0, None), Snapshot(10.0, 110.5, 20.0, None))
+    quiet = between((Snapshot(0.0, 100.0, 10.0, None), Snapshot(10.0, 110.5, 20.0, None)))
     assert quiet["others_cores"] == pytest.approx(0.05) and not quiet["contended"]
-    assert between(Snapshot(0.0, None, 0.0, None), Snapshot(1.0, None, 0.0, None))["others_cores"] is None
+    assert between((Snapshot(0.0, None, 0.0, None), Snapshot(1.0, None, 0.0, None)))["others_cores"] is None
+    apart = [
+        (Snapshot(0.0, 0.0, 0.0, None), Snapshot(1.0, 3.0, 1.0, None)),
+        (Snapshot(9.0, 50.0, 1.0, None), Snapshot(10.0, 51.0, 2.0, None)),
+    ]
+    assert between(*apart)["others_cores"] == 1.0  # what happened between the spans does not count
     shared = {"other_processes": "1"}
-    assert between(Snapshot(0.0, 0.0, 0.0, shared), Snapshot(1.0, 0.0, 0.0, shared))["contended"]
+    assert between((Snapshot(0.0, 0.0, 0.0, shared), Snapshot(1.0, 0.0, 0.0, shared)))["contended"]

@@ -180,7 +180,7 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
         quality=QualityEntry.model_validate(facts["quality"]) if facts["quality"] else None,
         scores=place(bundle, f"scores/{name}.safetensors", scores, link=True) if judged else None,
         parity=facts["parity"],
-        decoder=place_decoder(bundle, name, stage.directory, facts.get("decoder"), LIMITS[precision].again),
+        decoder=place_decoder(bundle, name, stage.directory, facts["decoder"], LIMITS[precision].again),
         samples=SamplesEntry(file=samples, tolerance=LIMITS[precision].again),
         latency=latency,
         audit=facts["audit"],

@@ -167,6 +167,7 @@ def _check_lengths(setup: Setup) -> None:
             where="recipe key bench.past",
             expected=f"at most {longest - 1} and one new token",
             got=str(max(pasts)),
+            remedy="Name shorter pasts.",
         )
     if lengths and "sequence" not in setup.task.signature.dynamic:
         raise UsageError(

@@ -45,7 +45,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "family": {"sparsities": [0.3], "layout": "uniform"},
         "refit": {"examples": 16},
         "export": {"cache": True, "checkpoints": True},
-        "bench": {"seconds": 0.01, "seq": [8], "past": [12]},
+        "bench": {"seconds": 0.01, "past": [12]},  # without a length: as many tokens as the model has positions for
         "precision": {"also": ["fp16", "bf16", "int8-dynamic"], "examples": 16, "agreement": {"bf16": 0.7}},
     }
     (room / "recipe.yaml").write_text(json.dumps(recipe))
@@ -102,7 +102,7 @@ def test_decoders_are_timed_in_single_steps_where_a_runtime_computes_in_their_pr
         member.name: {(entry.sequence, entry.past) for entry in member.latency}
         for member in Manifest.load(bundle / "manifest.json").members
     }
-    assert cells["s30"] == cells["dense.int8-dynamic"] == {(8, None), (None, 12)}
+    assert cells["s30"] == cells["dense.int8-dynamic"] == {(64, None), (None, 12)}
     assert cells["s30.fp16"] == set()
     rules = ["-q", "gate", str(bundle), "--member", "s30", "--max-p50-ms", "1e6", "--no-verify"]
     # As little as was timed here, dense need not agree with itself.
@@ -239,7 +239,7 @@ def test_cells_of_unlike_pasts_are_series_of_their_own(bundle: Path, tmp_path: P
     (copy / "manifest.json").unlink()
     finish(copy, manifest.model_copy(update={"members": members, "files": {}}))
     names = {series.name for series in pareto(copy).series}
-    assert {"ort-cpu b1 s8", "ort-cpu b1 past 12"} <= names
+    assert {"ort-cpu b1 s64", "ort-cpu b1 past 12"} <= names
 
 
 @pytest.mark.parametrize("name", ["models/s30.onnx", "decoders/s30/model.onnx"])

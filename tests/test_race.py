@@ -9,9 +9,9 @@ import pytest
 
 from bench.studies.contestants import contestants
 from bench.studies.race import TERMS, Race, Terms
-from bench.studies.race_analysis import paired, points, summary
+from bench.studies.race_analysis import SCORES, apart, counted, lost, paired, points, summary
 from bench.studies.race_report import BEGIN, END, full, pages, plot, with_section
-from bench.studies.race_result import RaceResult
+from bench.studies.race_result import RaceResult, key_of
 from deploy_prune.errors import UsageError
 from deploy_prune.pipeline.setup import prepare
 from deploy_prune.recipe import load_recipe
@@ -147,3 +147,34 @@ def test_the_documents_say_what_the_race_files_say():
     for target, body in pages(results).items():
         text = target.read_text(encoding="utf-8")
         assert text == with_section(text, body), target.name
+
+
+def test_a_best_that_is_chosen_on_other_examples_is_no_better_than_its_kind(tmp_path):
+    generator = np.random.default_rng(3)
+    result = made_up(tmp_path / "r.json")
+
+    def add(name: str, right: np.ndarray) -> None:
+        row = {"contestant": name, "form": "own", "asked": 0.3, "value": right.mean(), "n": 200}
+        result.add(row | {"params": 76, "macs": 700, "higher_is_better": True}, right.astype(float))
+
+    for name in ("spp", *(f"other-{i}" for i in range(24))):
+        add(name, generator.random(200) < 0.8)  # all alike but for chance
+    (point,) = [p for p in points(result) if p.asked == 0.3]
+    fair = apart(result, key_of(point.ours), point.others, resamples=50)
+    chance = np.mean([lost(result, result.rows[key]) for key in point.others])
+    assert point.other_lost < chance - 5 and point.other_lost + 2 < fair.other_lost < chance + 2
+    assert fair.difference.low < fair.difference.value < fair.difference.high
+    add("clear", np.arange(200) < 195)
+    (point,) = [p for p in points(result) if p.asked == 0.3]
+    fair = apart(result, key_of(point.ours), point.others, resamples=50)
+    assert fair.other_lost == pytest.approx(point.other_lost) and fair.difference.standing == "behind"
+
+
+@pytest.mark.parametrize("metric", ["spearman", "top1", "matthews", "perplexity"])
+def test_a_score_by_counts_is_that_of_repeated_examples(metric):
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 2 if metric == "matthews" else 6, (40, 2)).astype(float) + (metric == "perplexity")
+    rows = rows[:, 0] if metric == "top1" else rows
+    often = generator.integers(0, 4, 40)
+    expected = SCORES[metric][0](np.repeat(rows, often, axis=0))
+    assert counted(metric, rows)(often.astype(float)) == pytest.approx(expected)

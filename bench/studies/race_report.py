@@ -13,8 +13,19 @@ from typing import Any
 import click
 
 from bench.studies.contestants import contestants
-from bench.studies.race_analysis import Point, Summary, best_throughout, lost, points, sound, summary
-from bench.studies.race_result import DENSE, RaceResult
+from bench.studies.race_analysis import (
+    Apart,
+    Difference,
+    Point,
+    Summary,
+    apart,
+    best_throughout,
+    lost,
+    points,
+    sound,
+    summary,
+)
+from bench.studies.race_result import DENSE, RaceResult, key_of
 from deploy_prune.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -206,10 +217,12 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
     if not found:
         return ["Ours has not run yet."]
     unit = found[0].unit
+    fair = [apart(result, key_of(p.ours), p.others) for p in found]
     lines = [
-        f"| removed | ours | lost | best other | lost | ours loses more by ({unit}, 95 % interval) | |",
-        "|---|---|---|---|---|---|---|",
-        *(_verdict_line(result, p) for p in found),
+        f"| removed | ours | lost | best other | lost | ours loses more by ({unit}, 95 % interval) | "
+        "| best other chosen on other examples: lost | ours loses more by | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_verdict_line(result, p, a) for p, a in zip(found, fair, strict=True)),
     ]
     over = summary(found)
     lines += [
@@ -221,6 +234,8 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
             if over.other_lost > 0
             else "; a loss below 0 is a gain."
         ),
+        "",
+        _fairly(found, fair),
     ]
     if trained is None and (one := best_throughout(result)) is not None:
         name, form, mean = one
@@ -240,13 +255,26 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
     return lines
 
 
-def _verdict_line(result: RaceResult, p: Point) -> str:
+def _fairly(found: Sequence[Point], fair: Sequence[Apart]) -> str:
+    """Over all sizes, against bests that were chosen on examples other than those that judge them."""
+    unit = found[0].unit
+    standings = [a.difference.standing for a in fair]
+    ours, theirs = (sum(each) / len(fair) for each in ([p.lost for p in found], [a.other_lost for a in fair]))
+    return (
+        f"Chosen on other examples than those that judge it, the best other loses {_figure(theirs, unit)} {unit} on "
+        f"average{f', of which ours loses {ours / theirs:.2f}' if theirs > 0 else ''}; ours is ahead at "
+        f"{standings.count('ahead')} and behind at {standings.count('behind')}."
+    )
+
+
+def _verdict_line(result: RaceResult, p: Point, a: Apart) -> str:
     form = shown_form(p.other["contestant"], p.other["form"])
     d = p.difference
+    fairly = f"{_figure(a.other_lost, p.unit)} | {_with_interval(a.difference, p.unit)} | {a.difference.standing}"
     return (
         f"| {p.asked:.0%} | {written(result, p.ours)} | {_figure(p.lost, p.unit)} | {p.other['contestant']} "
         f"({form}) {written(result, p.other)} | {_figure(p.other_lost, p.unit)} | "
-        f"{_figure(d.value, p.unit)} [{_figure(d.low, p.unit)}, {_figure(d.high, p.unit)}] | {d.standing} |"
+        f"{_with_interval(d, p.unit)} | {d.standing} | {fairly} |"
     )
 
 
@@ -338,6 +366,10 @@ def written(result: RaceResult, row: dict[str, Any]) -> str:
 
 def _figure(value: float, unit: str) -> str:
     return f"{value:.1f}" if unit == "points" else f"{value:.3f}"
+
+
+def _with_interval(d: Difference, unit: str) -> str:
+    return f"{_figure(d.value, unit)} [{_figure(d.low, unit)}, {_figure(d.high, unit)}]"
 
 
 def _share(row: dict[str, Any], key: str, dense: dict[str, Any]) -> float | None:

@@ -90,9 +90,9 @@ def make_inputs(
     import numpy as np
 
     problems: list[str] = []
-    for role, size in (("batch", batch), ("sequence", sequence), ("past", past)):
-        if size is not None and size < 1:
-            problems.append(f"{role} size must be at least 1, got {size}")
+    for role, size, least in (("batch", batch, 1), ("sequence", sequence, 1), ("past", past, 0)):
+        if size is not None and size < least:
+            problems.append(f"{role} size must be at least {least}, got {size}")
     if sequence is not None and not has_sequence(inputs):
         problems.append("a sequence size was given, but no input has a dynamic sequence dimension")
     if past is not None and not has_past(inputs):
@@ -103,11 +103,16 @@ def make_inputs(
     if problems:
         raise UsageError(
             "the model cannot be run at the asked sizes",
-            problems=sorted(set(problems)),
-            expected="; ".join(f"{i.name} {i.dtype}{_written(i.shape)}" for i in inputs),
+            problems=_first(list(dict.fromkeys(problems))),
+            expected="; ".join(_first([f"{i.name} {i.dtype}{_written(i.shape)}" for i in inputs])),
         )
     generator = np.random.default_rng(seed)
     return {i.name: _values(i, shapes[i.name], generator) for i in inputs}
+
+
+def _first(lines: list[str], most: int = 8) -> list[str]:
+    """The first lines, and how many more there are: a decoder has dozens of caches with the same fault."""
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
 def _shape(spec: GraphInput, sizes: Mapping[str, int | None], problems: list[str]) -> tuple[int, ...]:

@@ -78,8 +78,11 @@ class Cell:
         return Cell(inputs, {"batch": batch} | ({} if sequence is None else {"sequence": sequence}))
 
     @staticmethod
-    def step(specs: Mapping[str, Sequence[GraphInput]], batch: int, past: int, seed: int = 0) -> Cell:
-        """One new token per text on caches of `past` tokens, each decoder's of its own shape. Raises as `made`."""
+    def step(
+        specs: Mapping[str, Sequence[GraphInput]], batch: int, past: int, seed: int = 0, *, sequence: int = 1
+    ) -> Cell:
+        """`sequence` new tokens per text on caches of `past` tokens, each decoder's of its own shape. Raises as
+        `made`."""
         wrong = [name for name, each in specs.items() if not has_past(each)]
         if wrong:
             raise UsageError(
@@ -87,8 +90,12 @@ class Cell:
                 problems=wrong,
                 remedy="Give decoders/NAME/model.onnx of a bundle made with export.cache.",
             )
-        own = {name: make_inputs(each, batch=batch, sequence=1, past=past, seed=seed) for name, each in specs.items()}
-        return Cell(next(iter(own.values())), {"batch": batch, "past": past}, own)
+        own = {
+            name: make_inputs(each, batch=batch, sequence=sequence, past=past, seed=seed)
+            for name, each in specs.items()
+        }
+        more = {} if sequence == 1 else {"sequence": sequence}
+        return Cell(next(iter(own.values())), {"batch": batch, **more, "past": past}, own)
 
     def of(self, candidate: str) -> Mapping[str, np.ndarray]:
         return self.own.get(candidate, self.inputs)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.files import scratch_directory
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 BYTES = {"float": 4, "float16": 2, "double": 8, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 Shape = tuple[int, ...]
+_QUANTISED = ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulNBits")
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 # Operators that are several of the exported graph's in one.
 FUSED = frozenset(
@@ -58,6 +60,24 @@ ALIGN = 8  # fp32 values in half a vector of AVX-512: kernels fall to their edge
 
 def work_of(onnx: Path | str, inputs: Mapping[str, np.ndarray]) -> Work:
     """Run `onnx` once on the CPU provider, all optimisations on. Raises as the ort-cpu runtime."""
+    return count(_events(onnx, inputs, 1))
+
+
+def time_by_operator(onnx: Path | str, inputs: Mapping[str, np.ndarray], runs: int = 20) -> dict[str, float]:
+    """Milliseconds of one call by operator, by ONNX Runtime's own profile on one thread: each node's median of `runs`,
+    summed; the largest first. What lies between nodes is not in it. Raises as the ort-cpu runtime."""
+    nodes: dict[tuple[str, str], list[float]] = {}
+    for event in _events(onnx, inputs, runs):
+        if _is_kernel(event):
+            nodes.setdefault((event["args"]["op_name"], event["name"]), []).append(event["dur"] / 1000)
+    found: Counter[str] = Counter()
+    for (operator, _), times in nodes.items():
+        found[operator] += median(times)  # type: ignore[assignment]
+    return dict(found.most_common())
+
+
+def _events(onnx: Path | str, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, Any]]:
+    """What ONNX Runtime notes of a few calls on one thread."""
     from bench.runtimes.ort import create
     from bench.runtimes.ort_cpu import PROVIDER, session_options
 
@@ -65,9 +85,13 @@ def work_of(onnx: Path | str, inputs: Mapping[str, np.ndarray]) -> Work:
         options = session_options(1)
         options.enable_profiling, options.profile_file_prefix = True, str(directory / "profile")
         session = create(Path(onnx), [(PROVIDER, {})], options)
-        session.run(None, dict(inputs))
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return count(events)
+        for _ in range(runs):
+            session.run(None, dict(inputs))
+        return list(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
+
+
+def _is_kernel(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
 
 
 def count(events: Iterable[Mapping[str, Any]]) -> Work:
@@ -76,7 +100,7 @@ def count(events: Iterable[Mapping[str, Any]]) -> Work:
     operators: Counter[str] = Counter()
     for event in events:
         args = event.get("args", {})
-        if event.get("cat") != "Node" or not str(event.get("name", "")).endswith("_kernel_time"):
+        if not _is_kernel(event):
             continue
         inputs, outputs = (_shapes(args.get(f"{side}_type_shape", ())) for side in ("input", "output"))
         operators[args["op_name"]] += 1
@@ -92,7 +116,7 @@ def count(events: Iterable[Mapping[str, Any]]) -> Work:
 
 def flops_of(op: str, inputs: list[Shape], outputs: list[Shape]) -> int:
     """Operations of matrix products, convolutions and attention; other operators are counted by their bytes alone."""
-    if op in ("MatMul", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul") and outputs and inputs[0]:
+    if op in ("MatMul", "FusedMatMul", *_QUANTISED) and outputs and inputs[0]:
         return 2 * math.prod(outputs[0]) * inputs[0][-1]
     if op in ("Gemm", "FusedGemm") and outputs:
         inner = math.prod(inputs[0]) // max(1, outputs[0][0])

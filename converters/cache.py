@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PAST = "past_key_values.{}.{}"  # by number of the cache, "key" or "value"; the names onnxruntime-genai knows
 PRESENT = "present.{}.{}"
+KEEP = "logits_to_keep"  # of how many tokens, from the end, transformers' models compute logits
 
 
 def is_cache(name: str) -> bool:
@@ -47,13 +48,17 @@ def cache_slots(model: nn.Module) -> tuple[CacheSlot, ...]:
     return _probe(model)[0]
 
 
-def decoding_signature(model: nn.Module) -> Signature:
-    """ids, mask over past and new tokens, and the caches in; logits of the new tokens and the longer caches out.
+def decoding_signature(model: nn.Module, *, last_logits: bool = False) -> Signature:
+    """ids, mask over past and new tokens, and the caches in; logits of the new tokens, or with `last_logits` of the
+    last of them alone, and the longer caches out.
 
     Caches are numbered without gaps, in the order of `cache_slots`. Dimensions: `batch`, `sequence` (new tokens),
-    `past_sequence`, `total_sequence` (their sum).
+    `past_sequence`, `total_sequence` (their sum). Raises UnsupportedModelError for a model that cannot leave logits out
+    when that is asked for.
     """
     slots, depths = _probe(model)
+    if last_logits:
+        _check_keeps(model)
     config: Any = model.config
 
     def caches(pattern: str, length: str) -> tuple[TensorSpec, ...]:
@@ -66,7 +71,7 @@ def decoding_signature(model: nn.Module) -> Signature:
     past = caches(PAST, "past_sequence")
 
     def call_all(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return _step(model, slots, depths, inputs)
+        return _step(model, slots, depths, inputs, last_logits)
 
     return Signature(
         inputs=(
@@ -74,7 +79,7 @@ def decoding_signature(model: nn.Module) -> Signature:
             TensorSpec("attention_mask", "int64", ("batch", "total_sequence"), "mask"),
             *past,
         ),
-        output=TensorSpec("logits", "float32", ("batch", "sequence", config.vocab_size)),
+        output=TensorSpec("logits", "float32", ("batch", 1 if last_logits else "sequence", config.vocab_size)),
         call=lambda model, inputs: call_all(model, inputs)[0],
         state=caches(PRESENT, "total_sequence"),
         call_all=call_all,
@@ -87,7 +92,7 @@ def positions(attention_mask: Tensor, new: int) -> Tensor:
 
 
 def _step(
-    model: nn.Module, slots: tuple[CacheSlot, ...], depths: int, inputs: Mapping[str, Tensor]
+    model: nn.Module, slots: tuple[CacheSlot, ...], depths: int, inputs: Mapping[str, Tensor], last_logits: bool
 ) -> tuple[Tensor, ...]:
     """Logits, then key and value of every slot."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -103,6 +108,7 @@ def _step(
         position_ids=positions(mask, ids.shape[1]),
         use_cache=True,
         **{_cache_argument(model): cache},
+        **({KEEP: 1} if last_logits else {}),
     )
     longer = [tensor for slot in slots for tensor in (cache.layers[slot.depth].keys, cache.layers[slot.depth].values)]
     return (output.logits, *longer)
@@ -150,6 +156,17 @@ def _probe(model: nn.Module) -> tuple[tuple[CacheSlot, ...], int]:
         if depth not in gone
     )
     return slots, len(cache.layers)
+
+
+def _check_keeps(model: nn.Module) -> None:
+    import inspect
+
+    if KEEP not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} always computes the logits of all tokens",
+            expected=f"a causal language model of transformers, whose forward takes {KEEP}",
+            remedy="Export it with all logits (export.last_logits: false).",
+        )
 
 
 def _cache_argument(model: nn.Module) -> str:

@@ -53,17 +53,20 @@ def export_decoder(
     tokenizer: Any = None,
     opset: int = 18,
     variant: Variant = "plain",
+    last_logits: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> DecoderReport:
     """Write a causal language model of transformers with its key/value cache into `directory`, atomically.
 
     One graph serves prefill (an empty past) and decoding. Caches are those of `cache_slots`: of unlike heads and
     widths, and none where an attention vanished. `tokenizer` is saved beside it; `variant` is the form of the graph.
+    With `last_logits` it computes logits (batch, 1, vocabulary) of the last new token alone, which is all that
+    generation asks of a prompt.
     Raises as `export_onnx`, and UnsupportedModelError for a model without a cache.
     """
     from converters.genai import genai_config
 
-    slots, signature = cache_slots(model), decoding_signature(model)
+    slots, signature = cache_slots(model), decoding_signature(model, last_logits=last_logits)
     about = About(stop_tokens(model), longest_of(model))
     with atomic_dir(directory) as room:
         report = export_onnx(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.cache import positions
 from converters.comparison import compare
-from converters.generation import OnnxDecoder, replay
+from converters.generation import COUNTED, OnnxDecoder, answered, replay
 from converters.parity import TOLERANCE, Check, weight_faults
 from deploy_prune.errors import ArtifactError, ParityError
 
@@ -75,7 +75,9 @@ def check_decoder(
         except ArtifactError as error:
             problems.append(f"torch -> onnx at pieces {chunks}: {error.got}")
             continue
-        difference = compare(whole_logits(model, ids, mask), got, tolerance=tolerance, valid=mask.numpy())
+        told = answered(decoder, chunks)
+        expected = whole_logits(model, ids, mask)[:, told]
+        difference = compare(expected, got, tolerance=tolerance, valid=mask.numpy()[:, told])
         checks.append(Check(sizes, difference.error, difference.agreement))
         if difference.error > tolerance:
             fault = difference.fault or f"error {difference.error:.2e}, tolerance {tolerance:.0e}"
@@ -103,8 +105,10 @@ def whole_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> np.ndarray:
     return logits
 
 
-def record_decoder_samples(path: Path | str, model: nn.Module, *, seed: int = 0) -> None:
-    """Store tokens, how they are fed, and torch's logits, as `release.samples` reads them: `0/input/chunks`, ..."""
+def record_decoder_samples(path: Path | str, model: nn.Module, decoder: OnnxDecoder, *, seed: int = 0) -> None:
+    """Store tokens, how they are fed, and torch's logits of those that `decoder` answers, as `release.samples` reads
+    them: `0/input/chunks`, ..."""
+    import numpy as np
     import torch
     from safetensors.numpy import save_file
 
@@ -115,11 +119,13 @@ def record_decoder_samples(path: Path | str, model: nn.Module, *, seed: int = 0)
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     ids = torch.randint(0, vocabulary, (len(pads), sum(chunks)), generator=generator)
     mask = _mask(pads, sum(chunks))
+    told = answered(decoder, chunks)
     stored = {
         "0/input/input_ids": ids.numpy(),
         "0/input/attention_mask": mask.numpy(),
         "0/input/chunks": torch.tensor(chunks).numpy(),
-        "0/output": whole_logits(model, ids, mask),
+        f"0/input/{COUNTED}": np.ascontiguousarray(mask.numpy()[:, told]),
+        "0/output": np.ascontiguousarray(whole_logits(model, ids, mask)[:, told]),
     }
     with atomic_file(path) as temporary:
         save_file(stored, temporary)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METADATA = "deploy_prune.decoder"  # the property of an ONNX file that holds the JSON of `About`
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+COUNTED = "counted"  # of stored questions: the mask of the tokens that are answered
 _ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # as numbered by ONNX
 
 
@@ -60,6 +61,7 @@ class OnnxDecoder:
         self._caches = {  # name -> (heads, width, element type)
             name: (int(shape[1]), int(shape[3]), _ELEMENTS[kind]) for name, kind, shape in self._session.inputs[2:]
         }
+        self.last_logits = self._session.outputs[0][2][1] == 1
         self._next = {f"present.{name.partition('.')[2]}": name for name in self._caches}
 
     def empty(self, batch: int) -> dict[str, np.ndarray]:
@@ -73,7 +75,8 @@ class OnnxDecoder:
     def read(
         self, ids: np.ndarray, mask: np.ndarray, past: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Logits (batch, new, vocabulary) of the tokens `ids` (batch, new), and the caches that now hold them too.
+        """Logits (batch, new, vocabulary) of the tokens `ids` (batch, new), (batch, 1, vocabulary) of the last of them
+        from a decoder with `last_logits`, and the caches that now hold them too.
 
         `mask` (batch, all) covers earlier and new tokens and is 0 on padding. Both are int64.
         """
@@ -155,7 +158,8 @@ def generate(
 
 
 def replay(decoder: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
-    """Logits of all tokens (batch, all, vocabulary), read in `chunks` of so many, each on the cache of the earlier."""
+    """Logits (batch, answered, vocabulary) of the tokens that `answered` names, read in `chunks` of so many, each on
+    the cache of the earlier."""
     import numpy as np
 
     parts, past, end = [], None, 0
@@ -164,6 +168,14 @@ def replay(decoder: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, chunks: Sequ
         logits, past = decoder.read(np.ascontiguousarray(ids[:, start:end]), np.ascontiguousarray(mask[:, :end]), past)
         parts.append(logits)
     return np.concatenate(parts, axis=1)
+
+
+def answered(decoder: OnnxDecoder, chunks: Sequence[int]) -> np.ndarray:
+    """Which tokens a decoder gives logits of when it reads `chunks`: all, or the last of each."""
+    import numpy as np
+
+    ends = np.cumsum(chunks)
+    return ends - 1 if decoder.last_logits else np.arange(ends[-1])
 
 
 class Text:

@@ -128,11 +128,12 @@ def preload_cuda() -> None:
 
 @contextlib.contextmanager
 def _explained(what: str, path: Path) -> Iterator[None]:
-    """Errors of onnxruntime, whose classes have no common base, as ArtifactError."""
+    """Errors of onnxruntime, whose classes have no common base, and with bound values none of its own, as
+    ArtifactError."""
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
+        if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
         raise ArtifactError(
             what, where=str(path), got=str(error)[:400], remedy="The file is damaged, or needs a newer onnxruntime."

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static"]  # what each is: converters/precision/formats.py
+# What each is: converters/precision/formats.py
+Precision = Literal["fp16", "bf16", "int8-dynamic", "int8-static", "int8-weight-only", "int4-weight-only"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -27,7 +28,8 @@ class PrecisionOptions(BaseModel):
     )
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(99.999, description="int8-static, calibrate percentile")
     reduce_range: bool = Field(
-        False, description="int8: weights in 7 bits, for x86 CPUs without VNNI, whose 16-bit sums saturate"
+        False,
+        description="int8-dynamic, int8-static: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate",
     )
     keep: list[str] = Field([], description="names or patterns of nodes (of the fp32 file) that stay in fp32")
     keep_decoder: list[str] = Field(

@@ -30,71 +30,88 @@ Name = Annotated[str, Field(min_length=1, max_length=300)]
 class Part(BaseModel):
     """Base of all parts of a recipe: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TaskPart(Part):
-    """What "good" means, on which data. `options` go to the task as they are (for instance `columns`, `length`)."""
+    """What "good" means, on which data."""
 
     name: Annotated[str, Field(min_length=1)]
+    """the kind of task: image-classification, text-classification, causal-lm, ..."""
     calibration: Annotated[str, Field(min_length=1, description="data reference used for search and refit")]
     evaluation: Annotated[str | None, Field(description="data reference the reported quality is measured on")] = None
     options: dict[str, Any] = {}
+    """of the task, as they are (for instance `columns`, `length`)"""
 
 
 class SearchPart(Part):
-    """How the order of leaving is found. `examples` null takes all calibration data; `precision` auto is bf16 where it
-    is faster; `allocation`, `basis` and `stages` null are the method's own; `options` are those of the method."""
+    """How the order of leaving is found."""
 
     method: str = "spp"
+    """the search; `deploy-prune search --help` lists them"""
     examples: Count | None = None
+    """calibration examples; null: all"""
     batch_size: Count = 16
+    """examples of one step"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of the computation; auto is bf16 where that is faster"""
     allocation: Literal["global", "separate", "uniform"] | None = None
+    """how sites share the cut; null: the method's own"""
     basis: Literal["own", "principal"] | None = None
+    """what a head's dimensions are; null: the method's own"""
     stages: list[Share] | None = None
+    """sparsities at which what is left is judged again; null: the method's own"""
     options: dict[str, Any] = {}
+    """of the method"""
 
 
 class ComputePart(Part):
-    """How search and moments are computed, which changes results by rounding only: `micro_batch` examples at once
-    (null: the whole batch), activations computed again on the way back, weights spread over the processes (FSDP), GiB
-    of calibration batches, dense outputs and moments held at a time, minutes between saved states of a search."""
+    """How search and moments are computed, which changes results by rounding only."""
 
     micro_batch: Count | None = None
+    """examples at once; null: the whole batch"""
     activation_checkpointing: bool = False
+    """compute activations again on the way back"""
     shard: bool = False
+    """spread the weights over the processes (FSDP)"""
     memory_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """GiB of calibration batches, dense outputs and moments held at a time"""
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """between saved states of a search or training"""
 
 
 class LatencyPart(Part):
-    """Where a latency budget is measured: runtime, examples per call, tokens per example (null: 128 where the model
-    takes a sequence), CPU threads (null: every core), and about how long each graph is timed."""
+    """Where a latency budget is measured."""
 
     runtime: str = "ort-cpu"
+    """where graphs are timed"""
     batch: Count = 1
+    """examples per call"""
     seq: Count | None = None
+    """tokens per example; null: 128 where the model takes a sequence"""
     threads: Count | None = None
+    """CPU threads; null: every core"""
     seconds: Positive = 1.0
+    """about how long each graph is timed"""
 
 
 class FamilyPart(Part):
-    """Which members are cut: `sparsities: [0.1, 0.3]`, or `budget: macs` with `targets: [0.5, 4.0e8]`.
-
-    A target below 1 is a share of the dense model, otherwise an absolute number. `budget: latency` takes milliseconds
-    per call, `budget: speedup` times as fast as dense, both as measured under `latency`. `align` null is 8 for these
-    two, else 1. `layout: uniform` keeps equally many units in every layer and also leaves every member as an ordinary
-    checkpoint, in `stock/NAME`; `kinds` null are then those that the model's stock class can say.
-    """
+    """Which members are cut: `sparsities: [0.1, 0.3]`, or `budget: macs` with `targets: [0.5, 4.0e8]`."""
 
     sparsities: list[Share] | None = None
+    """shares of the prunable parameters to remove, one member each; or `budget` with `targets`"""
     budget: Literal["sparsity", "params", "macs", "bytes", "latency", "speedup"] = "sparsity"
+    """what `targets` count; latency in milliseconds per call, speedup in times as fast as dense"""
     targets: list[Positive] | None = None
+    """one member each: below 1 a share of the dense model, otherwise an absolute number"""
     kinds: list[Literal["head", "neuron", "qk", "vo"]] | None = None
+    """kinds of units that are cut; null: all, or in the uniform layout those that the stock class can say"""
     align: Count | None = None
+    """widths are multiples of this; null: 8 for budgets of latency and speedup, else 1"""
     layout: Literal["free", "uniform"] = "free"
+    """uniform: equally many units in every layer, and every member also as an ordinary checkpoint, in `stock/NAME`"""
     latency: LatencyPart = LatencyPart()
+    """where a budget of latency or speedup is measured"""
 
     @model_validator(mode="after")
     def _one_list_of_targets(self) -> FamilyPart:
@@ -142,40 +159,45 @@ class FamilyPart(Part):
 
 
 class RefitPart(Part):
-    """The closed-form correction of the weights that stay. `examples` null takes all calibration data. `emphasis` is
-    how far a token counts by what the loss feels of it (needs labels, and a pass backward); null: 0.3 where the
-    calibration data has labels, else 0. (The refits between a search's stages take the default.)"""
+    """The closed-form correction of the weights that stay. (The refits between a search's stages take the default
+    `emphasis`.)"""
 
     enabled: bool = True
+    """correct the weights that stay"""
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    """added to the diagonal of the moments, as a share of its mean"""
     emphasis: Annotated[float, Field(ge=0, le=1)] | None = None
+    """how far a token counts by what the loss feels of it, which wants labels; null: 0.3 with labels, else 0"""
     examples: Count | None = 1024
+    """calibration examples of the moments; null: all"""
     batch_size: Count = 32
+    """examples of one batch"""
 
 
 class DiffPart(DiffOptions):
     """Diff pruning before the search: the task is learned on a frozen model as a sparse difference, and the task's
-    model is what is searched and cut; the bundle holds the delta. `head` names the modules that are the task's own
-    (null: found)."""
+    model is what is searched and cut; the bundle holds the delta."""
 
-    enabled: bool = False
-    head: list[str] | None = None
+    enabled: bool = Field(False, description="learn a delta before the search")
+    head: list[str] | None = Field(None, description="modules that are the task's own; null: found")
 
 
 class RecoverPart(RecoverOptions):
-    """Training after the cut, taught by the dense model. `progressive`: a member starts from the recovered next larger
-    one instead of from the dense model."""
+    """Training after the cut, taught by the dense model."""
 
-    enabled: bool = False
-    progressive: bool = False
+    enabled: bool = Field(False, description="train every member after the cut")
+    progressive: bool = Field(
+        False, description="start from the recovered next larger member, not from the dense model's weights"
+    )
 
 
 class DynamicPart(DynamicOptions):
-    """Training in which the structure changes too, in place of `recover`; the search's plan is where it begins.
-    `apart`: leave the compact base and its cut adapters apart too (method lora), in `adapters/NAME` of the bundle."""
+    """Training in which the structure changes too, in place of `recover`; the search's plan is where it begins."""
 
-    enabled: bool = False
-    apart: bool = False
+    enabled: bool = Field(False, description="train with changing structure")
+    apart: bool = Field(
+        False, description="method lora: leave the compact base and its cut adapters apart too, in `adapters/NAME`"
+    )
 
     @model_validator(mode="after")
     def _apart_needs_adapters(self) -> DynamicPart:
@@ -188,15 +210,19 @@ MAX_OPSET = 23  # the newest one tried with the exporter
 
 
 class ExportPart(Part):
-    """The ONNX files. `variant`: `standard` operators alone, with those of ONNX Runtime (`ort`), `plain`, as traced
-    with every weight under its own name, or whichever the dense model runs fastest with (`auto`). `checkpoints` also
-    stores every member as safetensors with its plan; `cache` also exports decoders with their key/value cache, into
-    `decoders/NAME` of the bundle."""
+    """The ONNX files, and what is left beside them."""
 
     opset: Annotated[int, Field(ge=18, le=MAX_OPSET)] = 20
+    """of the ONNX files"""
     variant: Literal["auto", "standard", "ort", "plain"] = "standard"
+    """standard operators alone, with those of ONNX Runtime (ort), as traced with every weight under its own name
+    (plain), or whichever the dense model runs fastest with (auto)"""
     checkpoints: bool = True
+    """also store every member as safetensors with its plan"""
     cache: bool = False
+    """also export decoders with their key/value cache, into `decoders/NAME` of the bundle"""
+    last_logits: bool = False
+    """these give logits of the last new token alone"""
 
 
 class PrecisionPart(PrecisionOptions):
@@ -204,67 +230,96 @@ class PrecisionPart(PrecisionOptions):
 
 
 class ParityPart(Part):
-    """How equal masked, compact and ONNX must be, relative to the largest output. `examples` real ones are added to the
-    made-up inputs."""
+    """How equal masked, compact and ONNX must be."""
 
     tolerance: Positive = 2e-4
+    """largest error, relative to the largest output"""
     examples: Count = 4
+    """real ones, beside the made-up inputs"""
 
 
 class QualityPart(Part):
-    """How the reported quality is measured. `limit` null takes all evaluation data, `batch_size` null
-    the task's own."""
+    """How the reported quality is measured."""
 
     limit: Count | None = None
+    """evaluation examples; null: all"""
     batch_size: Count | None = None
+    """null: the task's own"""
 
 
 class BenchPart(Part):
-    """What is timed: every runtime at every batch and sequence size, about `seconds` for each model in each cell. `seq`
-    null is 128 tokens, or as many as the model has positions for, where it takes a sequence; `past`, with
-    `export.cache`, also times one new token on caches of so many; `threads` null is every core."""
+    """What is timed: every runtime at every batch and sequence size."""
 
     enabled: bool = True
+    """time the models"""
     runtimes: list[str] = ["ort-cpu"]
+    """where; `deploy-prune doctor` says which work here"""
     batch: list[Count] = [1]
+    """examples per call"""
     seq: list[Count] | None = None
+    """tokens per example; null: 128, or as many as the model has positions for, where it takes a sequence"""
     past: list[Count] | None = None
+    """with `export.cache`: also time one new token on caches of so many"""
     seconds: Positive = 3.0
+    """about how long each model is timed in each cell"""
     threads: Count | None = None
+    """CPU threads; null: every core"""
 
 
 class ProvenancePart(Part):
-    """Licence (an identifier such as `apache-2.0`) and origin (an address or a sentence) of the base weights and of the
-    data, for manifest and model card. Null: what the model's own files, timm or the data's card say, else unknown."""
+    """Licence and origin of the base weights and of the data, for manifest and model card. Null: what the model's own
+    files, timm or the data's card say, else unknown."""
 
     model_license: Name | None = None
+    """of the base weights, an identifier such as `apache-2.0`"""
     model_source: Name | None = None
+    """of the base weights, an address or a sentence"""
     data_license: Name | None = None
+    """of the data"""
     data_source: Name | None = None
+    """of the data"""
 
 
 class Recipe(Part):
     """One run. `deploy-prune run --schema` prints the JSON schema of this class."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """of the run and its bundle"""
     description: str = ""
+    """for people"""
     model: Annotated[str, Field(min_length=1, description="model reference")]
     task: TaskPart
+    """what "good" means, on which data"""
     diff: DiffPart = DiffPart()
+    """sparse task delta learned before the search"""
     search: SearchPart = SearchPart()
+    """how units are scored"""
     family: FamilyPart
+    """which members are cut"""
     refit: RefitPart = RefitPart()
+    """closed-form correction"""
     recover: RecoverPart = RecoverPart()
+    """training after the cut"""
     dynamic: DynamicPart = DynamicPart()
+    """training with changing structure"""
     export: ExportPart = ExportPart()
+    """the ONNX files"""
     precision: PrecisionPart = PrecisionPart()
+    """further precisions"""
     parity: ParityPart = ParityPart()
+    """how equal all forms must be"""
     quality: QualityPart = QualityPart()
+    """how quality is measured"""
     bench: BenchPart = BenchPart()
+    """what is timed"""
     provenance: ProvenancePart = ProvenancePart()
+    """licence and origin of weights and data"""
     compute: ComputePart = ComputePart()
+    """memory and processes of search and moments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is a GPU where there is one"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """of everything that is drawn"""
 
     _portable: dict[str, Any] | None = PrivateAttr(default=None)
 
@@ -276,6 +331,8 @@ class Recipe(Part):
             raise ValueError("expected `export.cache: true` with `precision.keep_decoder`")
         if self.bench.past and not self.export.cache:
             raise ValueError("expected `export.cache: true` with `bench.past`, which times decoders with a cache")
+        if self.export.last_logits and not self.export.cache:
+            raise ValueError("expected `export.cache: true` with `export.last_logits`, which is for decoders")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
         return self

@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 @cache
-def exported(name: str, how: str, variant: Any = "plain") -> tuple[Any, Path, DecoderReport]:
+def exported(name: str, how: str, variant: Any = "plain", last_logits: bool = False) -> tuple[Any, Path, DecoderReport]:
     """(compact model, its directory, report). `how`: "uneven" cuts all kinds at random; "gone" takes the first
     attention whole, and one head of the last; "heads" leaves widths, and other heads in every layer."""
     model = build(name)
@@ -58,9 +58,12 @@ def exported(name: str, how: str, variant: Any = "plain") -> tuple[Any, Path, De
             )
         plan = plan_from_units("tiny", random_path(model, signature_of(name)).weights_sha256, sites, kept)
     small = compact(model, plan)
-    directory = Path(_ROOM.name) / f"{name}-{how}-{variant}"
+    directory = Path(_ROOM.name) / f"{name}-{how}-{variant}{'-last' if last_logits else ''}"
     opset = 18 if variant == "plain" else 20
-    return small, directory, export_decoder(small, directory, tokenizer=tokenizer(), opset=opset, variant=variant)
+    report = export_decoder(
+        small, directory, tokenizer=tokenizer(), opset=opset, variant=variant, last_logits=last_logits
+    )
+    return small, directory, report
 
 
 def written(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:

@@ -11,8 +11,9 @@ from onnx_models import save_embedder, save_mlp
 
 from bench.report import summarise
 from bench.samples import Samples
-from deploy_prune.cli.bench import counts, find_models
+from deploy_prune.cli.bench import counts
 from deploy_prune.cli.main import run_command
+from deploy_prune.cli.timed_models import find_models
 from deploy_prune.errors import ArtifactError, UnavailableError, UsageError
 
 QUICK = ("--seconds", "0.001", "--threads", "1")

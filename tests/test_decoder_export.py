@@ -15,7 +15,7 @@ from onnx_models import save_mlp
 from converters.cache import cache_slots
 from converters.decoder_export import export_decoder
 from converters.decoder_parity import check_decoder
-from converters.generation import OnnxDecoder, Text, generate
+from converters.generation import OnnxDecoder, Text, answered, generate
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UnsupportedModelError, UsageError
 
 PROMPTS = [[5, 17, 33, 80], [9, 61], [44]]
@@ -48,6 +48,52 @@ def test_decoder_equals_torch_in_prefill_steps_and_pieces(name, how):
     report = check_decoder(model, directory / "model.onnx", examples=[example])
     assert report.error < 1e-5
     assert [check.sizes["pieces"] for check in report.checks] == [1, 4, 4, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "variant"),
+    [("tiny_llama", "uneven", "ort"), ("tiny_opt", "gone", "standard"), ("tiny_gpt2", "uneven", "plain")],
+)
+def test_a_decoder_of_last_logits_is_proved_by_them_and_writes_the_same(name, how, variant):
+    model, directory, report = exported(name, how, variant, last_logits=True)
+    file = directory / "model.onnx"
+    assert report.outputs[0]["shape"] == ["batch", 1, model.config.vocab_size]
+    assert check_decoder(model, file).error < 1e-5
+    decoder = OnnxDecoder(file)
+    assert answered(decoder, (5, 1, 4)).tolist() == [4, 5, 9]
+    assert decoder.read(np.ones((2, 7), np.int64), np.ones((2, 7), np.int64))[0].shape == (2, 1, 99)
+    assert generate(decoder, PROMPTS, 40, stop=()) == written(model, PROMPTS, 40)
+
+
+def test_a_decoder_of_last_logits_that_answers_for_another_token_is_refused(tmp_path):
+    model, directory, _ = exported("tiny_llama", "uneven", "plain", last_logits=True)
+    proto = onnx.load(directory / "model.onnx")
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    node, waiting = None, ["logits"]
+    while node is None or node.op_type != "Slice":
+        node = makers[waiting.pop(0)]
+        waiting += [name for name in node.input if name in makers]
+    starts = next(i for i in proto.graph.initializer if i.name == node.input[1])
+    assert numpy_helper.to_array(starts).tolist() == [-1]
+    node.input[1], node.input[2] = "first", "second"
+    proto.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([value], np.int64), name) for name, value in (("first", 0), ("second", 1))]
+    )
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ParityError, match="the decoder with a cache is not the model"):
+        check_decoder(model, tmp_path / "model.onnx")
+
+
+def test_a_model_that_always_computes_all_logits_is_refused_for_last_ones(monkeypatch, tmp_path):
+    model = build("tiny_llama")
+    whole = type(model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        return whole(self, input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(UnsupportedModelError, match="always computes the logits of all tokens"):
+        export_decoder(model, tmp_path / "out", last_logits=True)
 
 
 @pytest.mark.parametrize(("name", "how"), [("tiny_llama", "uneven"), ("tiny_mistral", "heads")])
@@ -208,3 +254,17 @@ def test_onnxruntime_genai_is_not_promised_where_keys_and_values_differ_in_width
     _, directory, report = exported("tiny_llama", "uneven")
     assert "one width for the keys and values" in report.genai_refused
     assert not (directory / "genai_config.json").exists()
+
+
+def test_a_file_that_fails_as_it_runs_is_told_as_a_damaged_one(tmp_path):
+    _, directory, _ = exported("tiny_llama", "uneven")
+
+    def change(graph):
+        (shape,) = (
+            i for i in graph.initializer if i.name == next(n for n in graph.node if n.op_type == "Gather").input[0]
+        )
+        shape.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(shape)[:3].copy(), shape.name))
+
+    decoder = OnnxDecoder(damaged(directory, tmp_path, change))
+    with pytest.raises(ArtifactError, match="onnxruntime cannot run the model"):
+        decoder.read(np.full((1, 2), 50), np.ones((1, 2), np.int64))

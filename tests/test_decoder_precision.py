@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from converters.decoder_export import GRAPH
 from converters.generation import OnnxDecoder, generate
 from converters.precision.decoders import convert_decoder
-from converters.precision.formats import Limit
+from converters.precision.formats import PRECISIONS, Limit
+from converters.precision.int8 import saturates
 from deploy_prune.errors import ArtifactError, ParityError, UnavailableError, UnsupportedModelError, UsageError
 
 LOOSE = Limit(0.6, 0.3, 0.1)  # random weights are never sure
@@ -31,7 +32,7 @@ def folder(name: str, how: str, variant: Any = "plain") -> Path:
     return path if path.is_dir() else path.parent
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("precision", [*PRECISIONS])
 @pytest.mark.parametrize(
     ("name", "how", "variant"),
     [("tiny_llama", "uneven", "ort"), ("tiny_llama", "gone", "standard"), ("tiny_gpt2", "uneven", "plain")],
@@ -39,13 +40,23 @@ def folder(name: str, how: str, variant: Any = "plain") -> Path:
 def test_uneven_and_vanished_caches_in_every_form(
     name: str, how: str, variant: Any, precision: Any, tmp_path: Path
 ) -> None:
-    report = convert_decoder(folder(name, how, variant), tmp_path / "out", precision, texts(name), limit=LOOSE)
-    assert report.parity.error < {"fp16": 5e-3, "bf16": 4e-2}.get(precision, 0.2)
+    source, narrow = folder(name, how, variant), saturates()
+    report = convert_decoder(source, tmp_path / "out", precision, texts(name), limit=LOOSE, reduce_range=narrow)
+    assert report.parity.error < {"fp16": 5e-3, "bf16": 4e-2, "int4-weight-only": 0.6}.get(precision, 0.2)
     graph = onnx.load(tmp_path / "out" / GRAPH).graph
     kinds = {value.type.tensor_type.elem_type for value in (*graph.input[2:], *graph.output[1:])}
     assert kinds == {{"fp16": 10, "bf16": 16}.get(precision, 1)}
     assert graph.output[0].type.tensor_type.elem_type == 1
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-weight-only"])
+def test_a_decoder_of_last_logits_is_converted_too(precision: Any, tmp_path: Path) -> None:
+    source = exported("tiny_llama", "uneven", "standard", last_logits=True)[1]
+    report = convert_decoder(source, tmp_path / "out", precision, texts("tiny_llama", 12), limit=LOOSE)
+    assert report.parity.examples == 2 and report.parity.error < 0.1
+    decoder = OnnxDecoder(tmp_path / "out" / GRAPH)
+    assert len(generate(decoder, [[5, 6, 7]], 8, stop=())[0]) == 8
 
 
 def test_a_kept_node_that_makes_a_cache_leaves_the_cache_in_the_format(tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ def test_nodes_to_keep_without_a_precision_are_refused(written: Any) -> None:
     assert "`keep` without `also`" in problem
 
 
-@pytest.mark.parametrize("settings", [["precision.keep_decoder=[a]", "precision.also=[fp16]"], ["bench.past=[8]"]])
+@pytest.mark.parametrize(
+    "settings",
+    [["precision.keep_decoder=[a]", "precision.also=[fp16]"], ["bench.past=[8]"], ["export.last_logits=true"]],
+)
 def test_what_concerns_decoders_with_a_cache_wants_them(settings: list[str]) -> None:
     with pytest.raises(RecipeError, match=r"export\.cache: true"):
         load_recipe("digits", settings)
@@ -190,3 +193,12 @@ def test_the_schema_names_every_part_and_forbids_more() -> None:
     described = schema()
     assert set(described["properties"]) == set(Recipe.model_fields)
     assert described["additionalProperties"] is False
+
+
+def test_every_key_is_described_in_the_schema() -> None:
+    whole = schema()
+    parts = {"Recipe": whole, **whole["$defs"]}
+    bare = [
+        f"{part}.{key}" for part, d in parts.items() for key, v in d["properties"].items() if "description" not in v
+    ]
+    assert bare == []

@@ -6,7 +6,9 @@ Ours: `standard`, `ort` and `plain` (converters/variants.py), and with --macs .5
 dense model's multiplications, cut by weight magnitude (which units leave does not matter for time). Theirs: torch.onnx
 with dynamo at opset 18 and 23, the exporter before it at opset 17, ONNX Runtime's transformers optimizer, onnxslim and
 onnxsim on top. Each file's largest error against torch is noted beside its time; a file that does not run at a batch
-other than the traced one, or is further off than `WRONG`, is not timed but listed with what is wrong.
+other than the traced one, or is further off than `WRONG`, is not timed but listed with what is wrong. `not_needed` is
+the share of our faster form's time, by ONNX Runtime's profile, in nodes that only move data or make shapes and masks:
+what a better graph could still save.
 `--clock cpu` counts the CPU time of the process instead of the time on the wall, which on a machine that does other
 work is far steadier; it makes sense with one thread only. `--keep` leaves the files for another run, which does not
 make them again: for other cells of the same model by the same code.
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
 
 OURS = ("standard", "ort", "plain")
 WRONG = 1e-2  # of the largest output: no rounding
+# What no form of the graph can leave out. All else moves data, or makes shapes and masks.
+NEEDED = (
+    *("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention", "Softmax", "Add", "Mul"),
+    *("Gelu", "QuickGelu", "LayerNormalization", "SimplifiedLayerNormalization", "RotaryEmbedding"),
+)
 
 
 class Work:
@@ -230,6 +237,7 @@ def main(
     from bench.inputs import graph_inputs, has_sequence, make_inputs
     from bench.stats import written
     from bench.timing import measure
+    from bench.work import time_by_operator
     from deploy_prune.files import write_json
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
@@ -266,10 +274,12 @@ def main(
                 clock=time.process_time_ns if clock == "cpu" else time.perf_counter_ns,
             )
             found = verdict(report, rivals)
+            spent = time_by_operator(work.files[found["ours"]], inputs)
+            found["not_needed"] = round(1 - sum(spent.get(op, 0.0) for op in NEEDED) / sum(spent.values()), 4)
             for latency in report.latencies:
                 click.echo(f"  {sizes} {latency.name:32} {latency.p50_ms:9.2f} ms  {written(latency.ratio)}")
             click.echo(f"  {found}")
-            cells.append({**report.to_json(), "verdict": found})
+            cells.append({**report.to_json(), "verdict": found, "time_by_operator_ms": spent})
             result: Mapping[str, Any] = {
                 "recipe": recipe,
                 "clock": clock,

@@ -19,7 +19,7 @@ import click
 if TYPE_CHECKING:
     from deploy_prune.release.manifest import Manifest
 
-PRECISIONS = "fp16,bf16,int8-dynamic,int8-static"
+PRECISIONS = "fp16,bf16,int8-dynamic,int8-static,int8-weight-only,int4-weight-only"
 
 
 def described(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:

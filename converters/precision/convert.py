@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from converters.precision.formats import HALF, Limit, Precision, check_precision_name
+from converters.precision.formats import HALF, WEIGHT_ONLY, Limit, Precision, check_precision_name
 from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
 from converters.precision.proof import Asked, PrecisionParity, asked_of, prove
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from converters.precision.half import Lowered
+    from converters.precision.int8 import Quantized
     from converters.precision.proof import Agree
 
 Overflow = Literal["refuse", "keep"]
@@ -86,10 +87,14 @@ def convert_precision(
         raise UsageError("keep is one text", expected="a list of names or patterns of nodes", got=repr(keep))
     source, target = existing(source, "ONNX file"), Path(target)
     batches = list(calibration)
-    check_batches(fp32_graph(source), batches, mask, caches)
+    check_batches(fp32_graph(source), batches, mask if questions is None else None, caches)
     with atomic_file(target) as temporary:
         if precision in HALF:
             facts = _lowered(source, temporary, precision, batches, keep, overflow, caches)
+        elif precision in WEIGHT_ONLY:
+            from converters.precision.weight_only import quantize_weights
+
+            facts = _quantised(quantize_weights(source, temporary, precision, keep))
         else:
             from converters.precision.int8 import quantize
 
@@ -102,8 +107,7 @@ def convert_precision(
                 keep=keep,
                 reduce_range=reduce_range,
             )
-            kept = dict.fromkeys(made.kept, "asked for")
-            facts = {"quantized": made.nodes, "tables": made.tables, "kept": kept}
+            facts = _quantised(made)
         nodes = _sign(temporary, precision)
         parity = prove(
             source,
@@ -126,6 +130,11 @@ def convert_precision(
         seconds=time.perf_counter() - start,
         **facts,
     )
+
+
+def _quantised(made: Quantized) -> dict[str, Any]:
+    """The report's facts of a file whose layers have 8 or 4 bits."""
+    return {"quantized": made.nodes, "tables": made.tables, "kept": dict.fromkeys(made.kept, "asked for")}
 
 
 def _lowered(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converters.cache import is_cache
 from converters.decoder_export import GRAPH
 from converters.decoder_parity import SCENES
-from converters.generation import IDS, MASK, OnnxDecoder, replay
+from converters.generation import COUNTED, IDS, MASK, OnnxDecoder, answered, replay
 from converters.onnx_session import OnnxSession
 from converters.precision.convert import PrecisionReport, convert_precision
 from converters.precision.emulate import Emulated
@@ -25,6 +25,8 @@ from deploy_prune.files import atomic_dir, existing
 if TYPE_CHECKING:
     import numpy as np
 
+    from converters.precision.proof import Agree
+
 CHUNKS = "chunks"  # beside ids and mask of a question: the pieces in which they are read
 PROVED = 32  # tokens of a calibration text that are read in pieces
 STEPS = 4
@@ -35,12 +37,15 @@ def convert_decoder(
     target: Path | str,
     precision: Precision,
     calibration: Sequence[Mapping[str, np.ndarray]],
+    *,
+    agree: Agree | None = None,
     **options: Any,
 ) -> PrecisionReport:
     """Write the decoder in the directory `source`, as `export_decoder` wrote it in fp32, to the directory `target`.
 
     `calibration` are batches of `input_ids` and `attention_mask` (batch, tokens), both int64. Their beginnings are read
-    by both files, as a prefill and a few single steps, and so are made-up tokens with padding. `options` are those of
+    by both files, as a prefill and a few single steps, and so are made-up tokens with padding. `agree` compares
+    predictions of the tokens that are answered, whose mask it is given as `attention_mask`. `options` are those of
     `convert_precision`, which says what else is proved, and raises the same errors.
     """
     check_precision_name(precision)
@@ -51,6 +56,7 @@ def convert_decoder(
     session = OnnxSession(file)
     caches = [name for name, _, _ in (*session.inputs, *session.outputs) if is_cache(name)]
     decoder = OnnxDecoder(file, session=session)
+    vocabulary = int(session.outputs[0][2][2])
     batches = [{**texts, **decoder.empty(len(texts[IDS]))} for texts in calibration]
     with atomic_dir(target) as room:
         shutil.copytree(source, room, dirs_exist_ok=True, ignore=shutil.ignore_patterns(GRAPH))
@@ -60,10 +66,11 @@ def convert_decoder(
             precision,
             batches,
             caches=caches,
-            questions=list(in_pieces(calibration)),
-            made_up=list(padded(int(session.outputs[0][2][2]), decoder.about.longest)),
+            questions=[_counted(decoder, question) for question in in_pieces(calibration)],
+            made_up=[_counted(decoder, question) for question in padded(vocabulary, decoder.about.longest)],
             asked=replayed,
-            mask=MASK,
+            mask=COUNTED,
+            agree=None if agree is None else _of_answered(agree),
             where=f"{target.name}/{GRAPH}",
             **options,
         )
@@ -80,6 +87,15 @@ def replayed(path: Path | str, precision: str) -> Callable[[Mapping[str, np.ndar
         return replay(made[0], inputs[IDS], inputs[MASK], inputs[CHUNKS].tolist())
 
     return answer
+
+
+def _of_answered(agree: Agree) -> Agree:
+    return lambda output, reference, inputs: agree(output, reference, {**inputs, MASK: inputs[COUNTED]})
+
+
+def _counted(decoder: OnnxDecoder, question: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A question with the mask of the tokens that are answered."""
+    return {**question, COUNTED: question[MASK][:, answered(decoder, question[CHUNKS].tolist())]}
 
 
 def in_pieces(calibration: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

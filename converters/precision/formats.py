@@ -11,7 +11,8 @@ from deploy_prune.precision_options import Precision
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
-HALF = tuple(DTYPES)  # every activation is rounded; int8 files round the inputs and weights of linear layers alone
+HALF = tuple(DTYPES)  # every activation is rounded; the others round the inputs and weights of linear layers alone
+WEIGHT_ONLY = ("int8-weight-only", "int4-weight-only")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ LIMITS: dict[str, Limit] = {
     "bf16": Limit(0.15, 0.95, 0.08),
     "int8-dynamic": Limit(0.6, 0.90, 0.05),
     "int8-static": Limit(0.6, 0.80, 0.05),
+    "int8-weight-only": Limit(0.3, 0.90, 0.05),
+    "int4-weight-only": Limit(0.6, 0.80, 0.05),
 }
 
 # Which formats each runtime of `bench` computes in. ONNX Runtime on the CPU runs fp16 files by casting to fp32 and
 # back, and has no kernels for bf16; a time taken there would say nothing of the format.
 RUNS: dict[str, tuple[str, ...]] = {
-    "ort-cpu": ("fp32", "int8-dynamic", "int8-static"),
+    "ort-cpu": ("fp32", "int8-dynamic", "int8-static", *WEIGHT_ONLY),
     "openvino": ("fp32", "int8-static"),
     "ort-cuda": ("fp32", "fp16", "bf16"),
     "ort-cuda-graph": ("fp32", "fp16", "bf16"),

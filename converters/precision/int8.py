@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 LINEAR = ("Gemm", "MatMul")
 QUANTIZED, SCALE, ZERO_POINT = "_quantized", "_scale", "_zero_point"  # suffixes of the quantiser's names
 Calibrate = Literal["minmax", "percentile", "entropy"]
-# The oldest onnxruntime that was seen to quantise rightly; of the static ones 1.24 and 1.25 were not tried.
+# The oldest onnxruntime that was seen to quantise or run rightly; of the static ones 1.24 and 1.25 were not tried.
 FROM = {
     "int8-dynamic": "1.32",
     "int8-static": "1.26",
+    "int8-weight-only": "1.22",  # whose MatMulNBits first took 8 bits
+    "int4-weight-only": "1.22",  # the head is in 8 bits
 }
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")  # tells the quantiser that our graph is already simplified
 _FLOAT = 1
@@ -78,12 +80,8 @@ def quantize(
     kept = matching(keep, [node.name for node in model.graph.node])
     nodes = [name for name in linear if name not in kept]
     if not nodes:
-        raise UnsupportedModelError(
-            "no linear layer to quantise",
-            where=str(source),
-            got=f"{len(linear)} with stored weights, all of them kept" if linear else "none with stored weights",
-        )
-    _check_version("int8-dynamic" if batches is None else "int8-static")
+        raise no_layer(source, len(linear))
+    check_version("int8-dynamic" if batches is None else "int8-static")
     prepared = model.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])
     common: dict[str, Any] = {
         # the dynamic quantiser first turns every Gemm into MatMul and Add, and only then looks for the names
@@ -134,6 +132,12 @@ def quantize(
     return Quantized(tuple(nodes), tuple(sorted(kept)), tables)
 
 
+def no_layer(source: Path, known: int) -> UnsupportedModelError:
+    """The error for a file without a layer to quantise, of `known` that have stored weights."""
+    got = f"{known} with stored weights, all of them kept" if known else "none with stored weights"
+    return UnsupportedModelError("no linear layer to quantise", where=str(source), got=got)
+
+
 def _quantizer() -> Any:
     try:
         from onnxruntime import quantization
@@ -144,16 +148,16 @@ def _quantizer() -> Any:
     return quantization
 
 
-def _check_version(kind: str) -> None:
-    """Raises UnavailableError for an onnxruntime whose quantiser is known to fail: below 1.32 the dynamic one turns the
-    weight of a Gemm where it lies, though others read it and its shape is told; files of the static one of 1.23 are
-    wrong. Parity would refuse what they leave."""
+def check_version(kind: str) -> None:
+    """Raises UnavailableError for an onnxruntime that is known to fail. Of the quantisers, below 1.32 the dynamic one
+    turns the weight of a Gemm where it lies, though others read it and its shape is told; files of the static one of
+    1.23 are wrong. Parity would refuse what they leave."""
     import onnxruntime
     from packaging import version
 
     if version.parse(onnxruntime.__version__) < version.parse(FROM[kind]):
         raise UnavailableError(
-            f"this onnxruntime cannot quantise to {kind} what is exported here",
+            f"this onnxruntime cannot make {kind} of what is exported here",
             expected=f"onnxruntime {FROM[kind]} or newer",
             got=onnxruntime.__version__,
             remedy="pip install -U onnxruntime",

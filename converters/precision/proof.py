@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.precision.formats import HALF, LIMITS, Limit
+from converters.precision.formats import HALF, LIMITS, WEIGHT_ONLY, Limit
 from converters.precision.int8 import saturates
 from deploy_prune.errors import ArtifactError, ParityError
 
@@ -63,7 +63,7 @@ def prove(
     asked: Asked = asked_of,
 ) -> PrecisionParity:
     """Compare a converted file with its twin on real `batches`, and on `made_up` ones at other sizes: there outputs of
-    8-bit files need only be finite and of the right shape, as noise lies outside the ranges they were calibrated to.
+    quantised files need only be finite and of the right shape, as noise is not what they are made for.
 
     `agree` compares predictions (default: argmax over the last axis); `mask` names the input that marks the positions
     of an output per token that count; `asked` is how a file in a precision is asked. Raises ParityError with every
@@ -102,7 +102,7 @@ def prove(
     if problems:
         remedy = "Keep nodes in fp32 (precision.keep), take another precision or calibration, or allow more "
         remedy += f"(precision.tolerance, precision.agreement for {precision})."
-        if precision not in HALF and saturates():
+        if precision not in (*HALF, *WEIGHT_ONLY) and saturates():
             remedy += " This CPU has no VNNI, so sums of its int8 kernels saturate: precision.reduce_range=true stores "
             remedy += "weights in 7 bits."
         raise ParityError(

@@ -5,10 +5,11 @@ Tolerances of outputs must be wide in 8 bits, so wide that a layer with swapped 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.precision.blocks import unpacked
 from converters.precision.half import LARGEST, filled
 from converters.precision.int8 import QUANTIZED, SCALE, ZERO_POINT
 
@@ -62,8 +63,25 @@ def _steps(name: str, want: np.ndarray, held: dict[str, object], precision: str)
                 yield 0.0 if np.array_equal(got, values) else np.inf
             elif precision in LARGEST:
                 yield 0.0 if _rounded(got, values, precision) else np.inf
-        if key + QUANTIZED in held and array(key + QUANTIZED).shape == values.shape:
+        if key + QUANTIZED in held and array(key + QUANTIZED).ndim == values.ndim + 1:
+            yield _distance_in_blocks(key, values, array, held)
+        elif key + QUANTIZED in held and array(key + QUANTIZED).shape == values.shape:
             yield _quantised_distance(key, values, array, held)
+
+
+def _distance_in_blocks(
+    key: str, want: np.ndarray, array: Callable[[str], np.ndarray], held: dict[str, object]
+) -> float:
+    """Largest |w - s (q - z)| / s of a weight (N, K) that is stored in blocks."""
+    import numpy as np
+
+    if want.ndim != 2 or key + SCALE not in held:
+        return float("inf")
+    zero = array(key + ZERO_POINT) if key + ZERO_POINT in held else None
+    found = unpacked(array(key + QUANTIZED), array(key + SCALE), zero, want.shape[1])
+    if found is None or found[0].shape != want.shape or not np.all(found[1] > 0):
+        return float("inf")
+    return float(np.max(np.abs(want - found[0]) / found[1], initial=0.0))
 
 
 def _rounded(got: np.ndarray, want: np.ndarray, precision: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote
 
 import click
@@ -12,6 +12,7 @@ from deploy_prune.budget import MEASURED
 from deploy_prune.cli import console
 from deploy_prune.cli.run import report_bundle, resume_options
 from deploy_prune.errors import UnavailableError, UsageError
+from deploy_prune.precision_options import Precision
 
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
@@ -67,7 +68,7 @@ def _targets(command: Any) -> Any:
 @click.option(
     "--precision",
     metavar="NAME,...",
-    help="Leave every model in these too: fp16, bf16, int8-dynamic, int8-static.",
+    help=f"Leave every model in these too: {', '.join(get_args(Precision))}.",
 )
 @click.option("--no-bench", is_flag=True, help="Do not time the models.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the recipe: refit.ridge=1e-2")

@@ -36,12 +36,12 @@ class DiffOptions(BaseModel):
     gate_lr: Positive = Field(0.1, description="peak rate of the gates' logits")
     mask_lr: Positive | None = Field(None, description="peak rate over the fixed choice; unset: 5e-5, or the fit's own")
     head_lr: Positive | None = Field(None, description="peak rate of the task's head; unset: that of the differences")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which the rate rises")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     alpha: float = Field(5.0, description="the gates' logits at the start")
     holdout: Positive = Field(0.1, description="calibration examples kept for judging: a share below 1, or a number")
     evaluations: Count = Field(6, description="how often the held-out part is judged in each phase")
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where that is faster")
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffOptions:

@@ -36,6 +36,7 @@ def make_decoder(setup: Setup, model: nn.Module, name: str, directory: Path) -> 
     """
     from converters.decoder_export import GRAPH, export_decoder
     from converters.decoder_parity import check_decoder, record_decoder_samples
+    from converters.generation import OnnxDecoder
     from deploy_prune.pipeline.stages import parity_options
 
     if not setup.recipe.export.cache:
@@ -47,10 +48,12 @@ def make_decoder(setup: Setup, model: nn.Module, name: str, directory: Path) -> 
         tokenizer=tokenizer_of(setup),
         opset=setup.recipe.export.opset,
         variant=form,
+        last_logits=setup.recipe.export.last_logits,
         metadata={"deploy_prune.member": name},
     )
     parity = check_decoder(model, directory / DECODER / GRAPH, **parity_options(setup))
-    record_decoder_samples(directory / SAMPLES, model, seed=setup.recipe.seed)
+    decoder = OnnxDecoder(directory / DECODER / GRAPH)
+    record_decoder_samples(directory / SAMPLES, model, decoder, seed=setup.recipe.seed)
     return {**report.to_json(), "parity": parity.to_json()}
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.budget import MEASURED
 from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
+from deploy_prune.pipeline.checks import check_pasts
+from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
 from deploy_prune.recovery.options import EPOCHS
@@ -58,10 +60,15 @@ class Outlook:
 
 
 def dry_run(recipe: Recipe, out: Path) -> Outlook:
-    """Look ahead without writing or downloading anything. Raises UsageError for unknown names."""
+    """Look ahead without writing or downloading anything. Raises UsageError for unknown names and for what does not go
+    together."""
+    from converters.precision.formats import check_steps
     from deploy_prune.sources import describe_source
 
     check_names(recipe)
+    check_cache(recipe)
+    if recipe.bench.enabled and recipe.bench.past:
+        check_steps(recipe.bench.runtimes)
     fetch: list[str] = []
     missing: list[str] = []
     source = describe_source(recipe.model)
@@ -79,13 +86,16 @@ def dry_run(recipe: Recipe, out: Path) -> Outlook:
             fetch.append(f"{role} data {location}, unless it is in the local cache")
         elif not exists:
             missing.append(f"{role} data {location}")
+    model = None if source.runs_user_code else _shell(recipe, source)
+    if model is not None:
+        check_pasts(recipe, model)
     missing += _absent_runtimes(recipe) + _absent_device(recipe)
     members = recipe.family.member_names()
     return Outlook(
         recipe.name,
         str(out),
         _said(source),
-        _sites(recipe, source),
+        _sites(model, source),
         data,
         members,
         _stages(recipe, members),
@@ -150,7 +160,7 @@ def _said(source: SourceInfo) -> str:
     return text + (", which runs its own Python code" if source.runs_user_code else "")
 
 
-def _sites(recipe: Recipe, source: SourceInfo) -> list[str]:
+def _sites(model: nn.Module | None, source: SourceInfo) -> list[str]:
     """The prunable groups, where the model's shape can be had without a download and without running user code."""
     from deploy_prune.adapters import adapter_for
     from deploy_prune.budget import count_params
@@ -158,7 +168,6 @@ def _sites(recipe: Recipe, source: SourceInfo) -> list[str]:
 
     if source.runs_user_code:
         return ["sites: known when the model is loaded; a dry run does not run its code"]
-    model = _shell(recipe, source)
     if model is None:
         return ["sites: known when the model is here"]
     adapter = adapter_for(model)

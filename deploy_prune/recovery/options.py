@@ -78,7 +78,7 @@ class RecoverOptions(BaseModel):
     evaluations: Count = Field(10, description="how often the held-out part is judged in the whole run")
     patience: Count | None = Field(5, description="stop after so many judgements without a better one; unset: never")
     ema: Probability | None = Field(None, description="decay of the running mean of weights that is kept instead")
-    label_smoothing: Probability = 0.0
+    label_smoothing: Probability = Field(0.0, description="share of the target that goes to all classes alike")
     drop_path: Probability = Field(0.0, description="chance that a sublayer is skipped, at the last layer")
     crop: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="least share of an image a crop keeps")
     flip: Probability = Field(0.0, description="chance that an image is mirrored")

@@ -25,8 +25,8 @@ def model_card(manifest: Manifest) -> str:
     ]
     if any(member.twin for member in manifest.members):
         parts.append(
-            "`NAME.fp16`, `.bf16`, `.int8-dynamic` and `.int8-static` were made from `NAME` and compared with it, not "
-            "with torch: every stored weight is that of `NAME` rounded, and predictions agree as the manifest says. "
+            "A member `NAME.PRECISION`, as `NAME.fp16`, was made from `NAME` and compared with it, not with torch: "
+            "every stored weight is that of `NAME` rounded, and predictions agree as the manifest says. "
             "The half precisions are for GPUs: on the CPU onnxruntime computes fp16 in fp32 and does not run bf16."
         )
     if any(member.latency for member in manifest.members):

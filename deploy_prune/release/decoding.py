@@ -17,10 +17,11 @@ def check_decoder(
 
     Every piece of the stored tokens is read on the caches that the graph gave back for the pieces before it.
     """
+    from converters.generation import COUNTED
     from converters.precision.decoders import replayed
     from converters.precision.formats import HALF
 
-    problems = list(graph_problems(bundle, manifest, decoder, decoder.inputs, decoder.outputs))
+    problems = list(graph_problems(bundle, manifest, decoder, decoder.inputs, decoder.outputs, member.precision))
     if problems:
         return problems, [], []
     try:
@@ -29,7 +30,7 @@ def check_decoder(
             f"{member.name}, decoding",
             decoder.samples,
             replayed(bundle / decoder.file, member.precision),
-            lambda inputs: inputs["attention_mask"],
+            lambda inputs: inputs.get(COUNTED, inputs["attention_mask"]),
             runtime=f"{PLAIN}, {member.precision} emulated" if member.precision in HALF else PLAIN,
         )
     except ArtifactError as error:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.variants import DOMAINS
+from converters.precision.formats import WEIGHT_ONLY
+from converters.variants import CONTRIB, DOMAINS
 from deploy_prune.release.manifest import DecoderEntry, Manifest, Member, TensorEntry, check_relative
 
 if TYPE_CHECKING:
@@ -17,9 +18,15 @@ _ONNX_TYPES = {1: "float32", 7: "int64", 10: "float16", 16: "bfloat16"}
 
 
 def graph_problems(
-    bundle: Path, manifest: Manifest, member: Graph, inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry]
+    bundle: Path,
+    manifest: Manifest,
+    member: Graph,
+    inputs: Sequence[TensorEntry],
+    outputs: Sequence[TensorEntry],
+    precision: str,
 ) -> Iterator[str]:
-    """What of a member's ONNX file is not as it must be. A file with data from elsewhere is not opened further."""
+    """What of a member's ONNX file, in a precision, is not as it must be. A file with data from elsewhere is not opened
+    further."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -41,7 +48,7 @@ def graph_problems(
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         yield f"{member.file} is not valid ONNX: {str(error).strip()[:300]}"
-    yield from _interface_problems(graph, member, inputs, outputs)
+    yield from _interface_problems(graph, member, inputs, outputs, precision)
 
 
 def _external_problems(model: onnx.ModelProto, manifest: Manifest, member: Graph) -> Iterator[str]:
@@ -91,7 +98,11 @@ def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
 
 
 def _interface_problems(
-    graph: onnx.ModelProto, member: Graph, inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry]
+    graph: onnx.ModelProto,
+    member: Graph,
+    inputs: Sequence[TensorEntry],
+    outputs: Sequence[TensorEntry],
+    precision: str,
 ) -> Iterator[str]:
     for entry, values in ((inputs, graph.graph.input), (outputs, graph.graph.output)):
         want = [(t.name, t.dtype, t.shape) for t in entry]
@@ -105,7 +116,8 @@ def _interface_problems(
         ]
         if want != got:
             yield f"{member.file} has {got}, the manifest says {want}"
-    if foreign := sorted({node.domain for node in graph.graph.node} - {*DOMAINS[member.variant], "ai.onnx"}):
+    allowed = {*DOMAINS[member.variant], "ai.onnx", *([CONTRIB] if precision in WEIGHT_ONLY else [])}
+    if foreign := sorted({node.domain for node in graph.graph.node} - allowed):
         yield f"{member.file} uses operators of {', '.join(foreign)}, which variant {member.variant} may not"
     if [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] != [member.opset]:
         yield f"{member.file} is not of opset {member.opset}"

@@ -182,7 +182,7 @@ def _member_problems(bundle: Path, manifest: Manifest, member: Member, damaged: 
                 yield f"{member.scores} {wrong}"
     if member.checkpoint is not None and f"{member.checkpoint}/model.safetensors" not in manifest.files:
         yield f"{member.checkpoint} holds no model.safetensors"
-    yield from graph_problems(bundle, manifest, member, manifest.inputs, [manifest.output])
+    yield from graph_problems(bundle, manifest, member, manifest.inputs, [manifest.output], member.precision)
     yield from _twin_problems(bundle, manifest, member, damaged)
 
 

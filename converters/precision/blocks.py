@@ -1,0 +1,67 @@
+"""Weights in blocks of 4 or 8 bits: how they are rounded, packed, and read back."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 32  # weights that share a scale; the shortest block is the most exact that ONNX Runtime's kernels are fast at
+_MIDDLE = 128  # what stands for zero in 8 bits, where no zero points are stored
+
+
+def packed(
+    rows: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Weights (N, K), a row an output, as MatMulNBits takes them: q (N, blocks, bytes of one), scales (N, blocks), and
+    in 4 bits zero points (N, bytes).
+
+    Round to nearest in each block of `BLOCK` along a row: in 8 bits q = round(w / s) + 128 with s = max|w| / 127, in 4
+    bits, where half of an uneven range would be lost, q = round(w / s) + z with s = (max - min) / 15, zero within.
+    The last block of a row is filled up with zeros.
+    """
+    n, k = rows.shape
+    blocks = -(-k // BLOCK)
+    w = np.zeros((n, blocks * BLOCK), np.float32)
+    w[:, :k] = rows
+    w = w.reshape(n, blocks, BLOCK)
+    if bits == 8:
+        scale = _nonzero(np.abs(w).max(-1) / np.float32(127))
+        return (np.rint(w / scale[..., None]) + _MIDDLE).astype(np.uint8), scale, None
+    low, high = np.minimum(w.min(-1), 0), np.maximum(w.max(-1), 0)
+    scale = _nonzero((high - low) / np.float32(15))
+    zero = np.clip(np.rint(-low / scale), 0, 15)
+    q = np.clip(np.rint(w / scale[..., None]) + zero[..., None], 0, 15)
+    return _paired(q.astype(np.uint8)), scale, _paired(zero.astype(np.uint8))
+
+
+def unpacked(
+    q: NDArray[np.uint8], scale: NDArray[np.float32], zero: NDArray[np.uint8] | None, length: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """What `packed` stored, and the step of every weight: each (N, `length`). None for shapes that it does not make."""
+    n, blocks = scale.shape if scale.ndim == 2 else (0, 0)
+    if q.ndim != 3 or q.shape[:2] != (n, blocks) or blocks != -(-length // BLOCK) or q.dtype != np.uint8:
+        return None
+    if q.shape[2] == BLOCK and zero is None:
+        values, zeros = q.astype(np.float64), np.full((n, blocks), float(_MIDDLE))
+    elif q.shape[2] == BLOCK // 2 and zero is not None and zero.shape == (n, -(-blocks // 2)):
+        values, zeros = _single(q).astype(np.float64), _single(zero)[:, :blocks].astype(np.float64)
+    else:
+        return None
+    step = np.repeat(scale.astype(np.float64), BLOCK, axis=1)[:, :length]
+    found = (values - zeros[..., None]) * scale.astype(np.float64)[..., None]
+    return found.reshape(n, -1)[:, :length], step
+
+
+def _nonzero(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.maximum(scale, np.finfo(np.float32).tiny)
+
+
+def _paired(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two 4-bit values a byte along the last axis, the first in the lower half; an odd last one is alone."""
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    return (values[..., ::2] | (values[..., 1::2] << 4)).astype(np.uint8)
+
+
+def _single(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1)

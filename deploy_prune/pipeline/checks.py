@@ -1,0 +1,96 @@
+"""What can be known to go wrong before hours of work: runtimes, paths, lengths and plans of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deploy_prune.budget import MEASURED
+from deploy_prune.errors import UsageError
+from deploy_prune.pipeline import choosing, stages
+from deploy_prune.pipeline.setup import Setup, check_names
+from deploy_prune.plan import dense_plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.recipe import Recipe
+
+
+def check_runtimes(recipe: Recipe) -> None:
+    """Raise UnavailableError when a runtime to be timed is not here, UsageError when it does not run what it is to
+    time: that must not show after hours of search."""
+    from bench.runtimes import get_runtime
+    from converters.precision.formats import check_steps
+
+    check_names(recipe)
+    if recipe.bench.enabled:
+        for name in recipe.bench.runtimes:
+            get_runtime(name)
+        if recipe.bench.past:
+            check_steps(recipe.bench.runtimes)
+    if recipe.family.budget in MEASURED:
+        get_runtime(recipe.family.latency.runtime)
+
+
+def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
+    """Raise UsageError where a path is missing or cannot be the recipe's."""
+    from deploy_prune.plan_path import GIVEN
+
+    if path is None and recipe.search.method == GIVEN:
+        raise UsageError(
+            "a plan is given, not searched, and none is here",
+            where="recipe key search.method",
+            got=GIVEN,
+            remedy="`deploy-prune plan build PLAN.json -o BUNDLE` makes a bundle of a plan; or name a search.",
+        )
+    if path is not None and recipe.diff.enabled:
+        raise UsageError(
+            "a path of before cannot be of the model that is yet to be learned",
+            where="recipe key diff",
+            remedy="Name the delta in the model, `?delta=FILE`, and leave diff out.",
+        )
+
+
+def check_lengths(setup: Setup) -> None:
+    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for longer pasts
+    than the model has positions for."""
+    check_pasts(setup.recipe, setup.model)
+    lengths = setup.recipe.bench.seq
+    if lengths and "sequence" not in setup.task.signature.dynamic:
+        raise UsageError(
+            "the model has no sequence to vary",
+            where="recipe key bench.seq",
+            expected="no bench.seq for " + setup.task.name,
+            got=str(lengths),
+            remedy="Leave bench.seq out.",
+        )
+
+
+def check_pasts(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UsageError when the recipe times decoders on longer pasts than the model has positions for."""
+    from converters.decoder_export import longest_of
+
+    pasts = recipe.bench.past or []
+    longest = longest_of(model)
+    if pasts and longest is not None and max(pasts) >= longest:
+        raise UsageError(
+            "more tokens than the model has positions for",
+            where="recipe key bench.past",
+            expected=f"at most {longest - 1} and one new token",
+            got=str(max(pasts)),
+            remedy="Name shorter pasts.",
+        )
+
+
+def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
+    """The plan of every member. Raises PlanError when the path is of other weights, BudgetError out of reach. Of a
+    latency budget there are none yet; the path is checked all the same."""
+    if choosing.is_measured(setup):
+        dense_plan(path.model, path.weights_sha256, path.sites).validate_for(setup.sites, setup.weights_sha256)
+        return {}
+    plans = stages.plans_of(setup, path)
+    for name, plan in plans.items():
+        plan.validate_for(setup.sites, setup.weights_sha256, where=f"plan {name}")
+    return plans

@@ -1,0 +1,169 @@
+"""Weights in blocks of 8 and 4 bits: rounded to nearest, read back as stored, heads in 8 bits, faults seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from packaging import version
+
+from converters.precision import Limit, convert_precision
+from converters.precision.blocks import BLOCK, packed, unpacked
+from converters.precision.int8 import FROM
+from converters.precision.proof import prove
+from converters.precision.stored import stored_faults
+from deploy_prune.errors import ParityError, UnsupportedModelError
+
+BOTH = {"int8-weight-only": 8, "int4-weight-only": 4}
+needs_kernels = pytest.mark.skipif(
+    version.parse(onnxruntime.__version__) < version.parse(FROM["int8-weight-only"]), reason="an older onnxruntime"
+)
+each = pytest.mark.parametrize("precision", BOTH)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 100),
+    st.sampled_from([4, 8]),
+    st.integers(0, 99),
+    st.sampled_from([0, 1e-30, 1, 1e6]),
+)
+def test_every_weight_is_the_nearest_of_its_block(n: int, k: int, bits: int, seed: int, size: float) -> None:
+    rows = (np.random.default_rng(seed).standard_normal((n, k)) * size).astype(np.float32)
+    q, scale, zero = packed(rows, bits)
+    assert q.shape == (n, -(-k // BLOCK), BLOCK * bits // 8) and scale.shape == q.shape[:2]
+    found = unpacked(q, scale, zero, k)
+    assert found is not None
+    values, step = found
+    assert values.shape == rows.shape and (np.abs(values - rows) <= 0.501 * step).all()
+    assert np.isfinite(values).all() and (values[rows == 0] == 0).all()
+
+
+def language_model(path: Path, *, tied: bool, width: int = 64, vocabulary: int = 600, bias: bool = True) -> Path:
+    """A table, two layers and a head, which may be the table again."""
+    generator = np.random.default_rng(0)
+
+    def stored(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(generator.standard_normal(shape).astype(np.float32) / 8, name)
+
+    kept = [
+        stored("table", vocabulary, width),
+        stored("up.T", width, 96),
+        stored("down", width, 96),
+        *([stored("b", width)] if bias else []),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"], "look-up"),
+        helper.make_node("MatMul", ["x", "up.T"], ["h"], "up"),
+        helper.make_node("Relu", ["h"], ["a"], "act"),
+        helper.make_node("Reshape", ["a", "flat"], ["f"], "flat"),
+        helper.make_node("Gemm", ["f", "down", *(["b"] if bias else [])], ["z"], "down", transB=1),
+    ]
+    kept.append(numpy_helper.from_array(np.array([-1, 96], np.int64), "flat"))
+    if tied:
+        nodes += [helper.make_node("Transpose", ["table"], ["turned"], "turn", perm=[1, 0])]
+    else:
+        kept.append(stored("turned", width, vocabulary))
+    nodes.append(helper.make_node("MatMul", ["z", "turned"], ["logits"], "head"))
+    graph = helper.make_graph(
+        nodes,
+        "lm",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", vocabulary])],
+        kept,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def ids(vocabulary: int = 600) -> list[dict[str, np.ndarray]]:
+    return [{"ids": np.random.default_rng(1).integers(0, vocabulary, (2, 9))}]
+
+
+def bits_of(path: Path) -> dict[str, int]:
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    return {node.name: next(a.i for a in node.attribute if a.name == "bits") for node in nodes}
+
+
+def loose() -> Limit:
+    return Limit(0.5, 0.0, 1)
+
+
+@needs_kernels
+@each
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_and_tables_have_eight_bits_and_a_shared_weight_is_stored_once(
+    precision: str, tied: bool, bias: bool, tmp_path: Path
+) -> None:
+    twin = language_model(tmp_path / "m.onnx", tied=tied, bias=bias)
+    report = convert_precision(twin, tmp_path / "w.onnx", precision, ids(), limit=loose())  # type: ignore[arg-type]
+    assert bits_of(tmp_path / "w.onnx") == {"up": BOTH[precision], "down": BOTH[precision], "head": 8}
+    assert set(report.quantized) == {"up", "down", "head"} and report.tables == ("table",)
+    names = [i.name for i in onnx.load(tmp_path / "w.onnx").graph.initializer]
+    assert len(names) == len(set(names))
+    assert ("turned_Transposed_quantized" in names) == (not tied) and "table_quantized" in names
+    assert not {"table", "turned", "up.T", "down"} & set(names)
+    assert report.parity.error < (0.03 if precision.startswith("int8") else 0.3)
+    weights = (600 + 96 + 96) * 64 * 4 + (0 if tied else 600 * 64 * 4)
+    assert report.bytes < 0.32 * weights + 4000
+
+
+@needs_kernels
+def test_a_table_that_has_no_whole_blocks_stays_and_the_head_that_shares_it_does_not(tmp_path: Path) -> None:
+    twin = language_model(tmp_path / "m.onnx", tied=True, width=40)
+    report = convert_precision(twin, tmp_path / "w.onnx", "int4-weight-only", ids(), limit=loose())
+    assert report.tables == () and bits_of(tmp_path / "w.onnx") == {"up": 4, "down": 4, "head": 8}
+    names = {i.name for i in onnx.load(tmp_path / "w.onnx").graph.initializer}
+    assert {"table", "table_quantized"} <= names
+
+
+@needs_kernels
+@each
+def test_nodes_asked_for_stay_in_fp32(precision: str, tmp_path: Path) -> None:
+    twin = language_model(tmp_path / "m.onnx", tied=True)
+    target = tmp_path / "w.onnx"
+    report = convert_precision(twin, target, precision, ids(), keep=["head", "look-*"], limit=loose())  # type: ignore[arg-type]
+    assert set(bits_of(target)) == {"up", "down"} and set(report.kept) == {"head", "look-up"} and not report.tables
+    with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
+        convert_precision(twin, target, precision, ids(), keep=["*"], limit=loose())  # type: ignore[arg-type]
+
+
+@needs_kernels
+@each
+@pytest.mark.parametrize("part", ["_quantized", "_scale", "_zero_point"])
+def test_wrong_values_scales_and_zero_points_are_found(precision: str, part: str, tmp_path: Path) -> None:
+    if part == "_zero_point" and precision == "int8-weight-only":
+        pytest.skip("8 bits have no zero points")
+    twin, target = language_model(tmp_path / "m.onnx", tied=True), tmp_path / "w.onnx"
+    convert_precision(twin, target, precision, ids(), limit=loose())  # type: ignore[arg-type]
+    assert stored_faults(twin, target, precision) == []
+    proto = onnx.load(target)
+    (stored,) = (i for i in proto.graph.initializer if i.name == f"down{part}")
+    values = numpy_helper.to_array(stored).copy()
+    values[3] = values[3] * np.float32(1.2) if part == "_scale" else values[3] ^ 0x30
+    stored.CopyFrom(numpy_helper.from_array(values, stored.name))
+    onnx.save(proto, target)
+    with pytest.raises(ParityError, match="down is off the fp32 weight"):
+        prove(twin, target, precision, ids(), limit=loose())
+
+
+@needs_kernels
+@each
+def test_rows_of_two_layers_that_were_swapped_are_found(precision: str, tmp_path: Path) -> None:
+    twin, target = language_model(tmp_path / "m.onnx", tied=False), tmp_path / "w.onnx"
+    convert_precision(twin, target, precision, ids(), limit=loose())  # type: ignore[arg-type]
+    proto = onnx.load(target)
+    for stored in proto.graph.initializer:
+        if stored.name.startswith("up.T_Transposed"):
+            values = numpy_helper.to_array(stored)
+            stored.CopyFrom(numpy_helper.from_array(np.roll(values, 1, 0), stored.name))
+    onnx.save(proto, target)
+    assert any(fault.startswith("up.T is off") for fault in stored_faults(twin, target, precision))

@@ -109,9 +109,19 @@ def count(events: Iterable[Mapping[str, Any]]) -> Work:
         own = flops_of(args["op_name"], [shape for _, shape in inputs], [shape for _, shape in outputs])
         flops += own
         moved += sum(BYTES.get(kind, 4) * math.prod(shape) for kind, shape in (*inputs, *outputs))
+        if args["op_name"] == "MatMulNBits" and outputs:
+            moved += _packed_bytes(inputs, outputs)
         if own and any(width % ALIGN for width in _widths(args["op_name"], [shape for _, shape in inputs])):
             unaligned += own
     return Work(flops, moved, dict(operators), unaligned / max(1, flops))
+
+
+def _packed_bytes(inputs: list[tuple[str, Shape]], outputs: list[tuple[str, Shape]]) -> int:
+    """Bytes of a weight in blocks, which is packed beforehand and not in the profile: 8 bits, or with zero points 4."""
+    from converters.precision.blocks import BLOCK
+
+    bits = 4 if any(kind == "uint8" for kind, _ in inputs) else 8
+    return outputs[0][1][-1] * -(-inputs[0][1][-1] // BLOCK) * BLOCK * bits // 8
 
 
 def flops_of(op: str, inputs: list[Shape], outputs: list[Shape]) -> int:

@@ -58,7 +58,7 @@ def decoding_signature(model: nn.Module, *, last_logits: bool = False) -> Signat
     """
     slots, depths = _probe(model)
     if last_logits:
-        _check_keeps(model)
+        check_keeps(model)
     config: Any = model.config
 
     def caches(pattern: str, length: str) -> tuple[TensorSpec, ...]:
@@ -158,7 +158,7 @@ def _probe(model: nn.Module) -> tuple[tuple[CacheSlot, ...], int]:
     return slots, len(cache.layers)
 
 
-def _check_keeps(model: nn.Module) -> None:
+def check_keeps(model: nn.Module) -> None:
     import inspect
 
     if KEEP not in inspect.signature(model.forward).parameters:

@@ -136,5 +136,8 @@ def _explained(what: str, path: Path) -> Iterator[None]:
         if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
         raise ArtifactError(
-            what, where=str(path), got=str(error)[:400], remedy="The file is damaged, or needs a newer onnxruntime."
+            what,
+            where=str(path),
+            got=str(error)[:400],
+            remedy="The file is damaged, needs a newer onnxruntime, or was given what it does not take.",
         ) from error

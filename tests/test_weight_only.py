@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -167,3 +168,157 @@ def test_rows_of_two_layers_that_were_swapped_are_found(precision: str, tmp_path
             stored.CopyFrom(numpy_helper.from_array(np.roll(values, 1, 0), stored.name))
     onnx.save(proto, target)
     assert any(fault.startswith("up.T is off") for fault in stored_faults(twin, target, precision))
+
+
+def graph_of(
+    path: Path, nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray], opset: int = 20, **more: Any
+) -> Path:
+    """A graph from x (rows, 64) to y."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 64]), *more.get("inputs", [])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None), *more.get("outputs", [])],
+        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in stored.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+def square(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((64, 64)).astype(np.float32) / 8
+
+
+def node(op: str, inputs: str, output: str, name: str | None = None, **how: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), [output], output if name is None else name, **how)
+
+
+ROWS = [{"x": np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)}]
+GRAPHS: dict[str, tuple[list[onnx.NodeProto], dict[str, int]]] = {
+    # name -> (nodes, bits of its layers in int4)
+    "one weight within and at the end": (
+        [node("MatMul", "x w", "h"), node("Tanh", "h", "t"), node("MatMul", "t w", "y")],
+        {"h": 8, "y": 8},
+    ),
+    "one weight both ways": (
+        [node("MatMul", "x w", "h"), node("Tanh", "h", "t"), node("Gemm", "t w", "y", transB=1)],
+        {"h": 8, "y": 8},
+    ),
+    "nodes without names": (
+        [node("MatMul", "x w", "h", ""), node("Tanh", "h", "t", ""), node("MatMul", "t v", "y", "")],
+        {"h": 4, "y": 8},
+    ),
+    "a head behind views": (
+        [
+            node("MatMul", "x w", "h"),
+            node("Tanh", "h", "t"),
+            node("MatMul", "t v", "z"),
+            node("Transpose", "z", "turned"),
+            node("Softmax", "turned", "soft"),
+            node("Div", "soft two", "y"),
+        ],
+        {"h": 4, "z": 8},
+    ),
+    "a residual stream": (
+        [node("MatMul", "x w", "h"), node("Tanh", "h", "t"), node("MatMul", "t v", "z"), node("Add", "z x", "y")],
+        {"h": 4, "z": 4},
+    ),
+    "what is no transposition": (
+        [node("Transpose", "w", "same", perm=[0, 1]), node("MatMul", "x same", "h"), node("MatMul", "h v", "y")],
+        {"y": 8},
+    ),
+    "a bias of one number": (
+        [node("Gemm", "x w one", "h"), node("MatMul", "h v", "y")],
+        {"y": 8},
+    ),
+}
+
+
+@needs_kernels
+@each
+@pytest.mark.parametrize("name", GRAPHS)
+def test_unusual_graphs_are_converted_rightly(name: str, precision: str, tmp_path: Path) -> None:
+    nodes, bits = GRAPHS[name]
+    stored = {"w": square(), "v": square(1), "two": np.array(2.0), "one": np.array([0.5])}
+    read = {each for node in nodes for each in node.input}
+    twin = graph_of(tmp_path / "m.onnx", nodes, {k: v for k, v in stored.items() if k in read})
+    target = tmp_path / "w.onnx"
+    report = convert_precision(twin, target, precision, ROWS, limit=loose())  # type: ignore[arg-type]
+    assert report.parity.error < (0.03 if precision.startswith("int8") else 0.3)
+    made = {
+        node.output[0]: next(a.i for a in node.attribute if a.name == "bits")
+        for node in onnx.load(target).graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert made == (bits if precision.startswith("int4") else dict.fromkeys(bits, 8))
+
+
+@needs_kernels
+def test_inner_graphs_inputs_and_outputs_keep_what_they_read(tmp_path: Path) -> None:
+    def branch(name: str, text: str) -> onnx.GraphProto:
+        made = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([node("Mul", text, name)], name, [], [made])
+
+    nodes = [
+        node("MatMul", "x w", "h"),
+        node("Greater", "one two", "more"),
+        node("If", "more", "c", then_branch=branch("a", "h one"), else_branch=branch("b", "h two")),
+        node("MatMul", "c v", "y"),
+    ]
+    values = {"w": square(), "v": square(1), "one": np.array(1.0), "two": np.array(2.0)}
+    given = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [64, 64])]
+    out = [helper.make_tensor_value_info("v", TensorProto.FLOAT, [64, 64])]
+    twin = graph_of(tmp_path / "m.onnx", nodes, values, inputs=given, outputs=out)
+    report = convert_precision(twin, tmp_path / "w.onnx", "int8-weight-only", ROWS, limit=loose())
+    assert report.parity.error < 0.03 and len(report.quantized) == 2
+    graph = onnx.load(tmp_path / "w.onnx").graph
+    assert [value.name for value in graph.input] == ["x"] and "v" in {i.name for i in graph.initializer}
+
+
+@needs_kernels
+@each
+def test_what_cannot_be_converted_is_refused_in_words(precision: Any, tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x w", "h"), node("Tanh", "h", "y")]
+    endless = square()
+    endless[3, 5] = np.inf
+    twin = graph_of(tmp_path / "m.onnx", nodes, {"w": endless})
+    with pytest.raises(UnsupportedModelError, match="a weight is not finite"):
+        convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
+    twin = graph_of(tmp_path / "m.onnx", nodes, {"w": square()}, opset=12)
+    with pytest.raises(UnsupportedModelError, match="opset 13 or newer"):
+        convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
+    twin = graph_of(
+        tmp_path / "m.onnx",
+        [*nodes, node("Identity", "w_Transposed_scale", "z")],
+        {"w": square(), "w_Transposed_scale": square()},
+        outputs=[helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
+    with pytest.raises(UnsupportedModelError, match="of the names that quantised weights get"):
+        convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
+    assert not (tmp_path / "w.onnx").exists()
+
+
+@needs_kernels
+def test_four_bits_in_place_of_eight_and_scales_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    twin, target = language_model(tmp_path / "m.onnx", tied=True), tmp_path / "w.onnx"
+    convert_precision(twin, target, "int4-weight-only", ids(), limit=loose())
+    assert any(fault.startswith("down is off") for fault in stored_faults(twin, target, "int8-weight-only"))
+    proto = onnx.load(target)
+    (stored,) = (i for i in proto.graph.initializer if i.name == "down_scale")
+    values = numpy_helper.to_array(stored).copy()
+    values[0, 0] = np.inf
+    stored.CopyFrom(numpy_helper.from_array(values, stored.name))
+    onnx.save(proto, target)
+    assert any(fault.startswith("down is off") for fault in stored_faults(twin, target, "int4-weight-only"))
+
+
+@needs_kernels
+def test_a_call_reads_fewer_bytes_of_fewer_bits(tmp_path: Path) -> None:
+    from bench.work import work_of
+
+    twin = language_model(tmp_path / "m.onnx", tied=True)
+    read = [work_of(twin, ids()[0]).bytes]
+    for precision in BOTH:
+        convert_precision(twin, tmp_path / "w.onnx", precision, ids(), limit=loose())  # type: ignore[arg-type]
+        read.append(work_of(tmp_path / "w.onnx", ids()[0]).bytes)
+    assert read[0] > read[1] > read[2]

@@ -34,7 +34,8 @@ def stored_faults(twin: Path | str, candidate: Path | str, precision: str) -> li
         if not steps:
             faults.append(f"{name} is not in the file")
             continue
-        worst = max(steps)  # the file may hold it twice, for readers in fp32 and others; each must be right
+        # The file may hold it twice, for readers in fp32 and others; each must be right.
+        worst = max(step if step == step else float("inf") for step in steps)
         if worst > 0.5 + _SLACK:
             faults.append(
                 f"{name} is off the fp32 weight by {worst:.3g} steps of its format; rounding makes 0.5 at most"
@@ -64,22 +65,24 @@ def _steps(name: str, want: np.ndarray, held: dict[str, object], precision: str)
             elif precision in LARGEST:
                 yield 0.0 if _rounded(got, values, precision) else np.inf
         if key + QUANTIZED in held and array(key + QUANTIZED).ndim == values.ndim + 1:
-            yield _distance_in_blocks(key, values, array, held)
+            yield _distance_in_blocks(key, values, array, held, fine=precision == "int8-weight-only")
         elif key + QUANTIZED in held and array(key + QUANTIZED).shape == values.shape:
             yield _quantised_distance(key, values, array, held)
 
 
 def _distance_in_blocks(
-    key: str, want: np.ndarray, array: Callable[[str], np.ndarray], held: dict[str, object]
+    key: str, want: np.ndarray, array: Callable[[str], np.ndarray], held: dict[str, object], *, fine: bool
 ) -> float:
-    """Largest |w - s (q - z)| / s of a weight (N, K) that is stored in blocks."""
+    """Largest |w - s (q - z)| / s of a weight (N, K) that is stored in blocks; `fine` ones have 8 bits."""
     import numpy as np
 
     if want.ndim != 2 or key + SCALE not in held:
         return float("inf")
     zero = array(key + ZERO_POINT) if key + ZERO_POINT in held else None
     found = unpacked(array(key + QUANTIZED), array(key + SCALE), zero, want.shape[1])
-    if found is None or found[0].shape != want.shape or not np.all(found[1] > 0):
+    if found is None or found[0].shape != want.shape or (fine and zero is not None):
+        return float("inf")
+    if not (np.all(found[1] > 0) and np.isfinite(found[1]).all()):
         return float("inf")
     return float(np.max(np.abs(want - found[0]) / found[1], initial=0.0))
 

@@ -8,24 +8,33 @@ tables of embeddings, with which it may share its weight, have 8 bits in either 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from converters.cache import is_cache
 from converters.precision.blocks import BLOCK, packed
 from converters.precision.given import matching
 from converters.precision.int8 import LINEAR, QUANTIZED, SCALE, ZERO_POINT, Quantized, check_version, no_layer
 from converters.precision.stored import TRANSPOSED
 from converters.variants import CONTRIB
+from deploy_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
 
 BITS = {"int8-weight-only": 8, "int4-weight-only": 4}
 _SMALL_TABLE = 65536  # bytes; a smaller table gains nothing
-_VIEWS = ("Add", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Mul", "Slice", "Gather", "Cast")
+_OLDEST = 13  # opset in which Unsqueeze takes its axes as they are written here
+# What only passes values on, moves them, or works on each alone: a layer before it still makes the output.
+_PASSING = (
+    *("Add", "Sub", "Mul", "Div", "Cast", "Identity", "Softmax", "LogSoftmax", "Sigmoid", "Tanh"),
+    *("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand", "Slice", "Concat"),
+    *("Gather", "GatherND", "GatherElements"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,79 +45,117 @@ class _Layer:
     weight: str
     by_row: bool
 
+    @property
+    def name(self) -> str:
+        return self.node.name or self.node.output[0]
+
 
 def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[str] = ()) -> Quantized:
     """Write an fp32 file with its linear layers' weights in 8 or 4 bits. `keep` are names or patterns of nodes.
 
     Raises UnavailableError for an onnxruntime that cannot run it, UnsupportedModelError when no layer is left to
-    quantise, UsageError for a pattern that names no node.
+    quantise, or the graph is none that this can be done to, UsageError for a pattern that names no node.
     """
     import onnx
     from onnx import helper, numpy_helper
 
     check_version(precision)
     model = onnx.load(source)
+    _check_opset(model, source)
     graph = model.graph
     kept = matching(keep, [node.name for node in graph.node])
     stored = {i.name: i for i in graph.initializer}
     layers = list(_layers(graph))
-    chosen = {layer.node.name: layer for layer in layers if layer.node.name not in kept}
+    chosen = {layer.node.output[0]: layer for layer in layers if layer.node.name not in kept}
     if not chosen:
         raise no_layer(source, len(layers))
-    outer = set(_outermost(graph))
-    made: dict[tuple[str, int], list[str]] = {}  # (weight, bits) -> the names it is stored under now
+    tables = _tables(graph, kept, chosen)
+    outer = _outermost(graph)
+    fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)
+    made: dict[str, list[str]] = {}  # what a weight is called, turned or not -> the names of its parts
 
-    def store(weight: str, by_row: bool, bits: int) -> list[str]:
-        if (weight, bits) not in made:
+    def store(weight: str, by_row: bool) -> list[str]:
+        base = weight if by_row else weight + TRANSPOSED
+        if base not in made:
             values = numpy_helper.to_array(stored[weight])
-            q, scale, zero = packed(values if by_row else values.T, bits)
-            base = weight if by_row else weight + TRANSPOSED
+            if not np.isfinite(values).all():
+                raise UnsupportedModelError(
+                    "a weight is not finite", where=str(source), got=weight, remedy="Keep its node in fp32 by name."
+                )
+            q, scale, zero = packed(values if by_row else values.T, 8 if weight in fine else BITS[precision])
             parts: dict[str, np.ndarray] = {base + QUANTIZED: q, base + SCALE: scale}
             if zero is not None:
                 parts[base + ZERO_POINT] = zero
+            if taken := set(parts) & set(stored):
+                raise UnsupportedModelError(
+                    "the file has tensors of the names that quantised weights get", where=str(source), got=str(taken)
+                )
             graph.initializer.extend(numpy_helper.from_array(part, name) for name, part in parts.items())
-            made[weight, bits] = list(parts)
-        return made[weight, bits]
+            made[base] = list(parts)
+        return made[base]
 
     nodes: list[onnx.NodeProto] = []
-    tables = _tables(graph, kept)
     for node in graph.node:
-        if node.name in chosen:
-            layer = chosen[node.name]
-            bits = 8 if node.name in outer or layer.weight in tables else BITS[precision]
-            nodes.append(_product(node, store(layer.weight, layer.by_row, bits), _widths(layer, stored), bits))
+        layer = chosen.get(node.output[0]) if node.output else None
+        if layer is not None:
+            bits = 8 if layer.weight in fine else BITS[precision]
+            nodes.append(_product(node, store(layer.weight, layer.by_row), _widths(layer, stored), bits))
         elif node.op_type == "Gather" and node.input[0] in tables:
-            nodes += _rows(node, store(node.input[0], True, 8), stored[node.input[0]].dims[1])
+            nodes += _rows(node, store(node.input[0], True), stored[node.input[0]].dims[1])
         else:
             nodes.append(node)
+    outputs = {value.name for value in graph.output}
     del graph.node[:]
-    graph.node.extend(_used(nodes, {value.name for value in graph.output}))
-    read = {name for node in graph.node for name in node.input}
+    graph.node.extend(_used(nodes, outputs))
+    read = outputs | set(_reads(graph.node))
     left = [i for i in graph.initializer if i.name in read]
-    del graph.initializer[:]
+    given = [value for value in graph.input if value.name not in stored or value.name in read]
+    del graph.initializer[:], graph.input[:]
     graph.initializer.extend(left)
+    graph.input.extend(given)
     if not any(opset.domain == CONTRIB for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     target.write_bytes(model.SerializeToString(deterministic=True))
-    return Quantized(tuple(chosen), tuple(sorted(kept)), tuple(tables))
+    return Quantized(tuple(layer.name for layer in chosen.values()), tuple(sorted(kept)), tuple(tables))
+
+
+def _check_opset(model: onnx.ModelProto, source: Path) -> None:
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < _OLDEST:
+        raise UnsupportedModelError(
+            "weights alone are quantised in graphs of newer opsets",
+            where=str(source),
+            expected=f"opset {_OLDEST} or newer",
+            got=str(opset),
+        )
 
 
 def _layers(graph: onnx.GraphProto) -> Iterator[_Layer]:
     """Products with a stored weight, plain (no factor but one), also by way of its transposition."""
-    stored = {i.name for i in graph.initializer if len(i.dims) == 2 and i.data_type == 1}
-    turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in stored}
-    biases = {i.name: i.dims for i in graph.initializer}
+    stored = {i.name: tuple(i.dims) for i in graph.initializer if len(i.dims) == 2 and i.data_type == 1}
+    biases = {i.name: tuple(i.dims) for i in graph.initializer}
+    turned = {n.output[0]: n.input[0] for n in graph.node if _turns(n) and n.input[0] in stored}
     for node in graph.node:
         if node.op_type not in LINEAR or node.domain or len(node.input) < 2:
             continue
         facts = {a.name: a.f or a.i for a in node.attribute}
         if facts.get("transA") or facts.get("alpha", 1) != 1 or facts.get("beta", 1) != 1:
             continue
-        if len(node.input) > 2 and len(biases.get(node.input[2], ())) != 1:
+        name = node.input[1]
+        weight = turned.get(name, name)
+        if weight not in stored:
             continue
-        weight = node.input[1]
-        if weight in stored or weight in turned:
-            yield _Layer(node, turned.get(weight, weight), bool(facts.get("transB")) != (weight in turned))
+        by_row = bool(facts.get("transB")) != (name in turned)
+        outputs = stored[weight][0 if by_row else 1]
+        if len(node.input) > 2 and node.input[2] and biases.get(node.input[2]) != (outputs,):
+            continue
+        yield _Layer(node, weight, by_row)
+
+
+def _turns(node: onnx.NodeProto) -> bool:
+    """Whether a node transposes a matrix."""
+    perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
+    return node.op_type == "Transpose" and not node.domain and perm == [1, 0]
 
 
 def _widths(layer: _Layer, stored: dict[str, onnx.TensorProto]) -> tuple[int, int]:
@@ -131,29 +178,42 @@ def _product(node: onnx.NodeProto, weight: list[str], widths: tuple[int, int], b
     return helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **about)
 
 
-def _tables(graph: onnx.GraphProto, kept: set[str]) -> list[str]:
-    """Stored tables that Gather reads by row, of whole blocks; products may read them too."""
-    layers = {layer.node.name: layer for layer in _layers(graph)}
-    heads = {layer.weight for layer in layers.values() if layer.by_row}
+def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer]) -> list[str]:
+    """Stored tables of whole blocks that nodes read by row alone (Gather), or as the weight of a layer that is chosen
+    too; a small one only in the latter case."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in _reads([node]):
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+
+    def goes(name: str, node: onnx.NodeProto) -> bool:
+        """Whether a reader of the table does without it afterwards."""
+        if node.op_type == "Gather":
+            return node.input[0] == name and not _axis(node) and node.name not in kept
+        if _turns(node):
+            return all(reader.output[0] in chosen for reader in readers.get(node.output[0], ()))
+        return node.output[0] in chosen
+
     found = []
     for stored in graph.initializer:
-        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % BLOCK:
+        name, users = stored.name, readers.get(stored.name, [])
+        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % BLOCK or name in outputs:
             continue
-        users = [node for node in graph.node if stored.name in node.input]
-        gathers = [node for node in users if node.op_type == "Gather" and node.input[0] == stored.name]
-        if not gathers or any(_axis(node) or node.name in kept for node in gathers):
+        gathered = [node for node in users if node.op_type == "Gather"]
+        if not gathered or not all(goes(name, node) for node in users):
             continue
-        if stored.name in heads or (len(gathers) == len(users) and 4 * stored.dims[0] * stored.dims[1] >= _SMALL_TABLE):
-            found.append(stored.name)
+        if len(gathered) < len(users) or 4 * stored.dims[0] * stored.dims[1] >= _SMALL_TABLE:
+            found.append(name)
     return found
 
 
 def _rows(node: onnx.NodeProto, table: list[str], width: int) -> list[onnx.NodeProto]:
     """Gather of rows that are stored in blocks of 8 bits: s (q - 128)."""
-    import numpy as np
     from onnx import helper, numpy_helper
 
-    ids, out, name = node.input[1], node.output[0], node.name
+    ids, out = node.input[1], node.output[0]
+    name = node.name or out
 
     def constant(what: str, value: np.ndarray) -> onnx.NodeProto:
         tensor = numpy_helper.from_array(value)
@@ -175,20 +235,32 @@ def _rows(node: onnx.NodeProto, table: list[str], width: int) -> list[onnx.NodeP
     ]
 
 
-def _outermost(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names of the layers whose result is, but for a view of it or a bias, an output of the graph."""
+def _outermost(graph: onnx.GraphProto) -> set[str]:
+    """First outputs of the layers whose result becomes an output of the graph, caches aside, without another product or
+    a sum with something computed elsewhere in between."""
     makers = {name: node for node in graph.node for name in node.output}
+    computed = {name for name, node in makers.items() if node.op_type != "Constant"} | {v.name for v in graph.input}
+    computed -= {i.name for i in graph.initializer}
+    waiting = [value.name for value in graph.output if not is_cache(value.name)]
+    found: set[str] = set()
     seen: set[str] = set()
-    waiting = [value.name for value in graph.output]
     while waiting:
         node = makers.get(waiting.pop())
-        if node is None or node.name in seen:
+        if node is None or node.output[0] in seen:
             continue
-        seen.add(node.name)
+        seen.add(node.output[0])
         if node.op_type in LINEAR:
-            yield node.name
-        elif node.op_type in _VIEWS:
-            waiting += node.input
+            found.add(node.output[0])
+        elif node.op_type in _PASSING:
+            joins = node.op_type in ("Add", "Sub", "Mul", "Div") and len(computed & set(node.input)) > 1
+            waiting += (
+                []
+                if joins
+                else list(node.input)
+                if node.op_type == "Concat"
+                else [name for name in node.input if name in computed][:1]
+            )
+    return found
 
 
 def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
@@ -198,8 +270,18 @@ def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]
     for node in reversed(nodes):
         if wanted & set(node.output):
             kept.append(node)
-            wanted |= set(node.input)
+            wanted |= set(_reads([node]))
     return kept[::-1]
+
+
+def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """What nodes read, those of graphs inside them too."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _reads(graph.node)
+                yield from (value.name for value in graph.output)
 
 
 def _axis(node: onnx.NodeProto) -> int:

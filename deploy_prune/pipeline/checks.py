@@ -56,7 +56,7 @@ def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
 def check_lengths(setup: Setup) -> None:
     """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for longer pasts
     than the model has positions for."""
-    check_pasts(setup.recipe, setup.model)
+    check_decoder(setup.recipe, setup.model)
     lengths = setup.recipe.bench.seq
     if lengths and "sequence" not in setup.task.signature.dynamic:
         raise UsageError(
@@ -68,9 +68,14 @@ def check_lengths(setup: Setup) -> None:
         )
 
 
-def check_pasts(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UsageError when the recipe times decoders on longer pasts than the model has positions for."""
+def check_decoder(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UsageError when the recipe times decoders on longer pasts than the model has positions for,
+    UnsupportedModelError when the model cannot leave logits out and the recipe wants it to."""
+    from converters.cache import check_keeps
     from converters.decoder_export import longest_of
+
+    if recipe.export.last_logits:
+        check_keeps(model)
 
     pasts = recipe.bench.past or []
     longest = longest_of(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.budget import MEASURED
 from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
-from deploy_prune.pipeline.checks import check_pasts
+from deploy_prune.pipeline.checks import check_decoder
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe, out: Path) -> Outlook:
             missing.append(f"{role} data {location}")
     model = None if source.runs_user_code else _shell(recipe, source)
     if model is not None:
-        check_pasts(recipe, model)
+        check_decoder(recipe, model)
     missing += _absent_runtimes(recipe) + _absent_device(recipe)
     members = recipe.family.member_names()
     return Outlook(

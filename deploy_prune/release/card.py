@@ -16,8 +16,8 @@ def model_card(manifest: Manifest) -> str:
         f"# {manifest.name}",
         f"A family of {len(manifest.members)} ONNX models cut from `{manifest.base.reference}` "
         f"({manifest.base.parameters:,} parameters) by one deploy-prune search. Task: {task}. "
-        "Every file is standard ONNX and needs none of deploy-prune to run; each was proved equal to the torch model "
-        "it was exported from.",
+        f"Every file is {_operators(manifest)} and needs none of deploy-prune to run; each was proved equal to the torch "
+        "model it was exported from.",
         "## Members",
         _table(*_members(manifest)),
         "`asked` is the budget that was asked for; parameters, MACs and bytes are exact counts. "
@@ -83,6 +83,14 @@ _PIPELINES = {
     "causal-lm": "text-generation",
     "image-text": "zero-shot-image-classification",
 }
+
+
+def _operators(manifest: Manifest) -> str:
+    """Whose operators the files have, in words."""
+    from converters.precision.formats import WEIGHT_ONLY
+
+    own = [m.name for m in manifest.members if m.variant == "ort" or m.precision in WEIGHT_ONLY]
+    return f"ONNX, {', '.join(own)} with operators of ONNX Runtime's own," if own else "standard ONNX"
 
 
 def _metadata(manifest: Manifest) -> str:

@@ -16,8 +16,8 @@ def model_card(manifest: Manifest) -> str:
         f"# {manifest.name}",
         f"A family of {len(manifest.members)} ONNX models cut from `{manifest.base.reference}` "
         f"({manifest.base.parameters:,} parameters) by one deploy-prune search. Task: {task}. "
-        f"Every file is {_operators(manifest)} and needs none of deploy-prune to run; each was proved equal to the torch "
-        "model it was exported from.",
+        f"Every file is {_operators(manifest)} and needs none of deploy-prune to run; each was proved equal to the "
+        "torch model it was exported from.",
         "## Members",
         _table(*_members(manifest)),
         "`asked` is the budget that was asked for; parameters, MACs and bytes are exact counts. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,23 @@ def graph_inputs(path: Path | str) -> tuple[GraphInput, ...]:
             "not an ONNX model that takes inputs", where=str(path), got=f"{len(graph.node)} nodes, {len(inputs)} inputs"
         )
     return inputs
+
+
+def check_positions(path: Path | str, tokens: int) -> None:
+    """Raises UsageError for more tokens than the decoder in an ONNX file says that it has positions for."""
+    import onnx
+
+    from converters.generation import METADATA
+
+    properties = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
+    longest = json.loads(properties[METADATA])["longest"] if METADATA in properties else None
+    if longest is not None and tokens > longest:
+        raise UsageError(
+            "more tokens than the model has positions for",
+            where=str(path),
+            expected=f"at most {longest}, in the caches (--past) and new (--seq)",
+            got=str(tokens),
+        )
 
 
 def has_sequence(inputs: Sequence[GraphInput]) -> bool:

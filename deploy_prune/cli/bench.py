@@ -87,7 +87,7 @@ def command(
     does not compute in are left out there.
     """
     from bench.environment import environment
-    from bench.inputs import graph_inputs, has_sequence
+    from bench.inputs import check_positions, graph_inputs, has_sequence
     from bench.timing import Cell, measure_cells
     from converters.precision.formats import check_steps
     from deploy_prune.cli import console
@@ -117,11 +117,13 @@ def command(
         lengths = [DEFAULT_SEQUENCE]
     # Made and tried with the baseline before anything is timed: a bad size must not show after minutes of work.
     if pasts is not None:
+        held = counts("--past", pasts, least=0)
+        check_positions(files[baseline], max(held) + max(length or 1 for length in lengths))
         cells = [
             Cell.step(specs, batch, past, seed, sequence=length or 1)
             for batch in batch_sizes
             for length in lengths
-            for past in counts("--past", pasts, least=0)
+            for past in held
         ]
     else:
         cells = [Cell.made(specs[baseline], batch, length, seed) for batch in batch_sizes for length in lengths]

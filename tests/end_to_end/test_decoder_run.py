@@ -137,6 +137,8 @@ def test_bench_times_the_decoders_of_a_bundle(bundle: Path, capsys: pytest.Captu
     told = json.loads(capsys.readouterr().out)
     assert [(cell["batch"], cell["sequence"], cell["past"]) for cell in told["cells"]] == [(1, 8, 0), (1, 8, 4)]
     assert run_command(["-q", "bench", str(bundle), "--past", "-1"]) == 2
+    assert run_command(["-q", "bench", str(bundle), "--past", "60", "--seq", "8"]) == 2
+    assert "more tokens than the model has positions for" in capsys.readouterr().err
     assert run_command(["-q", "bench", str(bundle / "models/s30.onnx"), "--past", "4"]) == 2
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.passes.stored import parts_of
+from converters.precision.int8 import QUANTIZED, TRANSPOSED
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import existing, scratch_directory
 
@@ -26,8 +27,6 @@ ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 FUSIONS = {"attention": ATTENTION, "activation": ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")}
 MOVES = ("Transpose", "Cast", "ReorderInput", "ReorderOutput", "Expand", "Slice", "Split", "Concat")
 OUTSIDE = "(outside)"
-QUANTIZED = "_quantized"  # what a quantiser adds to the name of a weight,
-TURNED = "_Transposed"  # and before it, where it stores the weight the other way round
 # Kernels of a linear layer whose weights have 8 or 4 bits.
 INTEGER = ("MatMulNBits", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger")
 
@@ -132,7 +131,7 @@ def judge_graph(
 def _layer_read(node: onnx.NodeProto, modules: Mapping[str, str]) -> str | None:
     """The layer one of whose weights the node reads."""
     for name in node.input:
-        for part in parts_of(name.removesuffix(QUANTIZED).removesuffix(TURNED)):
+        for part in parts_of(name.removesuffix(QUANTIZED).removesuffix(TRANSPOSED)):
             module = part.parameter.rpartition(".")[0]
             layer = modules.get(module) or modules.get(part.parameter)
             if layer is not None:
@@ -143,7 +142,7 @@ def _layer_read(node: onnx.NodeProto, modules: Mapping[str, str]) -> str | None:
 def _is_weight(name: str, modules: Mapping[str, str]) -> bool:
     return any(
         (p.parameter.rpartition(".")[0] in modules or p.parameter in modules)
-        for p in parts_of(name.removesuffix(QUANTIZED).removesuffix(TURNED))
+        for p in parts_of(name.removesuffix(QUANTIZED).removesuffix(TRANSPOSED))
     )
 
 

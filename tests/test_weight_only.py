@@ -133,6 +133,8 @@ def test_nodes_asked_for_stay_in_fp32(precision: str, tmp_path: Path) -> None:
     target = tmp_path / "w.onnx"
     report = convert_precision(twin, target, precision, ids(), keep=["head", "look-*"], limit=loose())  # type: ignore[arg-type]
     assert set(bits_of(target)) == {"up", "down"} and set(report.kept) == {"head", "look-up"} and not report.tables
+    report = convert_precision(twin, target, precision, ids(), keep=["head"], limit=loose())  # type: ignore[arg-type]
+    assert not report.tables and "table_quantized" not in {i.name for i in onnx.load(target).graph.initializer}
     with pytest.raises(UnsupportedModelError, match="no linear layer to quantise"):
         convert_precision(twin, target, precision, ids(), keep=["*"], limit=loose())  # type: ignore[arg-type]
 
@@ -322,3 +324,6 @@ def test_a_call_reads_fewer_bytes_of_fewer_bits(tmp_path: Path) -> None:
         convert_precision(twin, tmp_path / "w.onnx", precision, ids(), limit=loose())  # type: ignore[arg-type]
         read.append(work_of(tmp_path / "w.onnx", ids()[0]).bytes)
     assert read[0] > read[1] > read[2]
+    uneven = language_model(tmp_path / "m.onnx", tied=True, vocabulary=601)
+    convert_precision(uneven, tmp_path / "w.onnx", "int8-weight-only", ids(), limit=loose())
+    assert work_of(tmp_path / "w.onnx", ids()[0]).unaligned == work_of(uneven, ids()[0]).unaligned > 0

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LINEAR = ("Gemm", "MatMul")
 QUANTIZED, SCALE, ZERO_POINT = "_quantized", "_scale", "_zero_point"  # suffixes of the quantiser's names
+TRANSPOSED = "_Transposed"  # before them: of a weight that is stored the other way round
 Calibrate = Literal["minmax", "percentile", "entropy"]
 # The oldest onnxruntime that was seen to quantise or run rightly; of the static ones 1.24 and 1.25 were not tried.
 FROM = {

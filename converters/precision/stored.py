@@ -5,18 +5,18 @@ Tolerances of outputs must be wide in 8 bits, so wide that a layer with swapped 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.precision.blocks import unpacked
 from converters.precision.half import LARGEST, filled
-from converters.precision.int8 import QUANTIZED, SCALE, ZERO_POINT
+from converters.precision.int8 import QUANTIZED, SCALE, TRANSPOSED, ZERO_POINT
 
 if TYPE_CHECKING:
     import numpy as np
 
-TRANSPOSED = "_Transposed"  # the quantiser's copy of a weight that Gemm reads the other way round
 _SLACK = 1e-3  # of a step: scales are float32 and were made in another order than they are checked in
 
 
@@ -35,7 +35,7 @@ def stored_faults(twin: Path | str, candidate: Path | str, precision: str) -> li
             faults.append(f"{name} is not in the file")
             continue
         # The file may hold it twice, for readers in fp32 and others; each must be right.
-        worst = max(step if step == step else float("inf") for step in steps)
+        worst = max(float("inf") if math.isnan(step) else step for step in steps)
         if worst > 0.5 + _SLACK:
             faults.append(
                 f"{name} is off the fp32 weight by {worst:.3g} steps of its format; rounding makes 0.5 at most"

@@ -18,8 +18,16 @@ import numpy as np
 from converters.cache import is_cache
 from converters.precision.blocks import BLOCK, packed
 from converters.precision.given import matching
-from converters.precision.int8 import LINEAR, QUANTIZED, SCALE, ZERO_POINT, Quantized, check_version, no_layer
-from converters.precision.stored import TRANSPOSED
+from converters.precision.int8 import (
+    LINEAR,
+    QUANTIZED,
+    SCALE,
+    TRANSPOSED,
+    ZERO_POINT,
+    Quantized,
+    check_version,
+    no_layer,
+)
 from converters.variants import CONTRIB
 from deploy_prune.errors import UnsupportedModelError
 

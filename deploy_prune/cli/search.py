@@ -78,7 +78,8 @@ def command(
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.stages import find_path
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
-    from deploy_prune.recipe import ComputePart, recipe_from
+    from deploy_prune.recipe import recipe_from
+    from deploy_prune.recipe_parts import ComputePart
     from deploy_prune.recipe_text import settings_of, shares
 
     distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))

@@ -10,6 +10,7 @@ import pytest
 from bench.studies.contestants import contestants
 from bench.studies.race import TERMS, Race, Terms
 from bench.studies.race_analysis import SCORES, apart, counted, lost, paired, points, summary
+from bench.studies.race_extras import recover_best
 from bench.studies.race_report import BEGIN, END, full, pages, plot, with_section
 from bench.studies.race_result import RaceResult, key_of
 from deploy_prune.errors import UsageError
@@ -132,6 +133,22 @@ def test_rows_say_where_they_were_made_and_an_environment_is_noted_once(tmp_path
     assert race is not None
     assert {row["device"] for row in race.result.rows.values()} == {setup.device.type}
     assert [len(noted) for noted in race.result.head["environments"].values()] == [1]
+
+
+def test_the_best_are_trained_once_and_anew_on_other_terms(tmp_path):
+    setup = prepare(load_recipe("digits"))
+    race = Race.start(setup, Terms(32, 16, 32), (0.3,), tmp_path / "work", tmp_path / "race.json")
+    for name in ("spp", "random"):
+        race.run(contestants()[name])
+    trained = []
+    for training in ({}, {}, {"examples": 64}):
+        recover_best(race, 1, 2, training)
+        trained.append(race.result.rows["spp/recovered/0.3"])
+    assert trained[0]["steps"] == 2 and "training" not in trained[0]
+    assert trained[1] is trained[0]
+    assert trained[2]["training"] == {"examples": 64}
+    assert race.result.rows["random/recovered/0.3"]["training"] == {"examples": 64}
+    assert "After the same recovery of 2 steps (examples 64)" in full(race.result)
 
 
 def test_a_section_replaces_only_what_lies_between_its_markers():

@@ -59,6 +59,13 @@ TERMS = {  # those of the committed races
 @click.option("--batch-size", type=int, help="Examples at once, which changes time and memory (default: by recipe).")
 @click.option("--limit", type=int, help="Rows of evaluation data (default: by recipe).")
 @click.option("--recover-steps", type=int, default=0, help="Also train the best few for so many steps each.")
+@click.option(
+    "--recover",
+    "recover_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How they are trained, where not by default.",
+)
 @click.option("--latency", is_flag=True, help="Also time ours and the best few others as ONNX files.")
 @click.option("--best", type=int, default=3, show_default=True, help="How many others are trained and timed.")
 @click.option("--again", multiple=True, metavar="NAME", help="Make this contestant's rows anew.")
@@ -78,6 +85,7 @@ def main(
     batch_size: int | None,
     limit: int | None,
     recover_steps: int,
+    recover_options: tuple[str, ...],
     latency: bool,
     best: int,
     again: tuple[str, ...],
@@ -89,11 +97,17 @@ def main(
     from deploy_prune.errors import UsageError, did_you_mean
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
+    from deploy_prune.recipe_text import settings_of
 
     known = contestants()
     for name in (*names, *again):
         if name not in known:
             raise UsageError(f"no contestant {name!r}", remedy=did_you_mean(name, list(known)))
+    training = settings_of(recover_options, "--recover")
+    if training and not recover_steps:
+        raise UsageError("--recover says how the best few are trained", remedy="Give --recover-steps too.")
+    if "steps" in training:
+        raise UsageError("--recover takes every option but steps", remedy="Give them as --recover-steps.")
     terms = TERMS.get(Path(recipe).stem, Terms(1024, 32))
     terms = Terms(examples or terms.examples, batch_size or terms.batch_size, limit or terms.limit)
     setup = prepare(load_recipe(recipe, list(overrides)))
@@ -103,7 +117,7 @@ def main(
     for name in names or known:
         race.run(known[name])
     if recover_steps:
-        recover_best(race, recover_steps, best)
+        recover_best(race, best, recover_steps, training)
     if latency:
         time_best(race, best)
 

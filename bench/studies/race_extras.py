@@ -32,22 +32,31 @@ def best_rows(race: Race, count: int, asked: float) -> list[dict[str, Any]]:
     return [*ours, *list(chosen.values())[:count]]
 
 
-def recover_best(race: Race, steps: int, count: int) -> None:
-    """Train ours and the best others at every size for `steps` steps, all with the same data, seed and options."""
+def recover_best(race: Race, count: int, steps: int, training: dict[str, Any]) -> None:
+    """Train ours and the best others at every size for `steps` steps, all with the same data, seed and options, which
+    are `recover`'s defaults where `training` says nothing else."""
     import deploy_prune as dp
 
+    facts = {"steps": steps} | ({"training": training} if training else {})
     for asked in race.sparsities:
         for row in best_rows(race, count, asked):
-            key = key_of({**row, "form": RECOVERED})
-            if key in race.result.rows and race.result.rows[key].get("steps") == steps:
+            known = race.result.rows.get(key_of({**row, "form": RECOVERED}), {})
+            if {key: known[key] for key in ("steps", "training") if key in known} == facts:
                 continue
             made = race.member(contestants()[row["contestant"]], _form(row), asked)
             assert isinstance(made, tuple)
             found = dp.recover(
-                made[0], race.setup.task, teacher=race.setup.model, seed=race.setup.recipe.seed, steps=steps
+                made[0],
+                race.setup.task,
+                teacher=race.setup.model,
+                seed=race.setup.recipe.seed,
+                steps=steps,
+                **training,
             )
-            facts = {"steps": steps, "from_form": row["form"], "best_step": found.best_step, "macs": row["macs"]}
-            race.judge(found.model, {"contestant": row["contestant"], "form": RECOVERED, "asked": asked, **facts})
+            own = {"from_form": row["form"], "best_step": found.best_step, "macs": row["macs"]}
+            race.judge(
+                found.model, {"contestant": row["contestant"], "form": RECOVERED, "asked": asked, **facts, **own}
+            )
 
 
 def time_best(race: Race, count: int, seconds: float = 3.0) -> None:

@@ -59,7 +59,8 @@ def full(result: RaceResult) -> str:
     head = result.head
     parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
     if trained := [row for row in result.rows.values() if row["form"] == "recovered"]:
-        parts += ["", f"After the same recovery of {trained[0]['steps']} steps:", ""]
+        terms = ", ".join(f"{key} {value}" for key, value in trained[0].get("training", {}).items())
+        parts += ["", f"After the same recovery of {trained[0]['steps']} steps{terms and f' ({terms})'}:", ""]
         parts += [*verdicts(result, "recovered"), *untrained(result)]
     parts += ["", *latencies(result)]
     for name, reason in head["not_supported"].items():

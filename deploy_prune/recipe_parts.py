@@ -15,6 +15,7 @@ from deploy_prune.recovery.options import RecoverOptions
 Share = Annotated[float, Field(gt=0, lt=1, strict=False, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 
 
@@ -249,8 +250,8 @@ class BenchPart(Part):
     """examples per call"""
     seq: list[Count] | None = None
     """tokens per example; null: 128, or as many as the model has positions for, where it takes a sequence"""
-    past: list[Count] | None = None
-    """with `export.cache`: also time one new token on caches of so many"""
+    past: list[Amount] | None = None
+    """with `export.cache`: also time decoders, one new token on caches of so many; of 0, prompts of `seq` tokens"""
     seconds: Positive = 3.0
     """about how long each model is timed in each cell"""
     threads: Count | None = None

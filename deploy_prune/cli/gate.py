@@ -21,7 +21,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--runtime", help="Hold latency rules in this runtime's cells only.")
 @click.option("--batch", type=int, help="... at this batch size only.")
 @click.option("--seq", "sequence", type=int, help="... at this sequence length only.")
-@click.option("--past", type=int, help="... of decoding on a cache of so many tokens only.")
+@click.option("--past", type=int, help="... of decoding on a cache of so many tokens only; 0: of prompts to a decoder.")
 @click.option("--bound", type=click.Choice(["point", "interval"]), help="Judge figures, or their interval's worse end.")
 @click.option(
     "--max-drop", metavar="LIMIT", help="Loss of quality: 1% of dense's figure, or 0.01 in the metric's unit."

@@ -54,9 +54,9 @@ def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
 
 
 def check_lengths(setup: Setup) -> None:
-    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for longer pasts
+    """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for more tokens
     than the model has positions for."""
-    check_decoder(setup.recipe, setup.model)
+    check_model(setup.recipe, setup.model)
     lengths = setup.recipe.bench.seq
     if lengths and "sequence" not in setup.task.signature.dynamic:
         raise UsageError(
@@ -68,25 +68,24 @@ def check_lengths(setup: Setup) -> None:
         )
 
 
-def check_decoder(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UsageError when the recipe times decoders on longer pasts than the model has positions for,
-    UnsupportedModelError when the model cannot leave logits out and the recipe wants it to."""
+def check_model(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UsageError when the recipe times more tokens than the model has positions for, UnsupportedModelError when
+    the model cannot leave logits out and the recipe wants it to."""
     from converters.cache import check_keeps
     from converters.decoder_export import longest_of
 
     if recipe.export.last_logits:
         check_keeps(model)
-
-    pasts = recipe.bench.past or []
     longest = longest_of(model)
-    if pasts and longest is not None and max(pasts) >= longest:
-        raise UsageError(
-            "more tokens than the model has positions for",
-            where="recipe key bench.past",
-            expected=f"at most {longest - 1} and one new token",
-            got=str(max(pasts)),
-            remedy="Name shorter pasts.",
-        )
+    for key, tokens, new in (("past", recipe.bench.past or [], 1), ("seq", recipe.bench.seq or [], 0)):
+        if tokens and longest is not None and max(tokens) + new > longest:
+            raise UsageError(
+                "more tokens than the model has positions for",
+                where=f"recipe key bench.{key}",
+                expected=f"at most {longest - new}{' and one new token' if new else ''}",
+                got=str(max(tokens)),
+                remedy="Name fewer.",
+            )
 
 
 def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:

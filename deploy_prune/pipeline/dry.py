@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.budget import MEASURED
 from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
-from deploy_prune.pipeline.checks import check_decoder
+from deploy_prune.pipeline.checks import check_model
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe, out: Path) -> Outlook:
             missing.append(f"{role} data {location}")
     model = None if source.runs_user_code else _shell(recipe, source)
     if model is not None:
-        check_decoder(recipe, model)
+        check_model(recipe, model)
     missing += _absent_runtimes(recipe) + _absent_device(recipe)
     members = recipe.family.member_names()
     return Outlook(
@@ -132,7 +132,10 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
         bench = recipe.bench
         cells = f"batch {', '.join(map(str, bench.batch))}"
         cells += f"; sequence {', '.join(map(str, bench.seq))}" if bench.seq else ""
-        cells += f"; one new token on caches of {', '.join(map(str, bench.past))}" if bench.past else ""
+        if past := [str(count) for count in bench.past or () if count]:
+            cells += f"; one new token on caches of {', '.join(past)}"
+        if 0 in (bench.past or ()):
+            cells += "; prompts to decoders"
         stages.append(f"bench: {', '.join(bench.runtimes)}; {cells}; {bench.seconds:g} s for each model and cell")
     stages.append("bundle: assemble, then rename into place")
     return stages

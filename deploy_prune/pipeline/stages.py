@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bench.report import LatencyReport
+    from bench.timing import Cell
     from deploy_prune.basis import Basis
     from deploy_prune.methods.compute import Compute
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
+    from deploy_prune.recipe_parts import BenchPart
     from deploy_prune.refitting import Moments
 
 DENSE = "dense"
@@ -364,7 +366,7 @@ def time_family(
         if how.past and decoders:
             timed = {m: file for m, file in decoders.items() if steps_run(name, (precisions or {}).get(m, "fp32"))}
             own = {member: graph_inputs(file) for member, file in timed.items()}
-            asked.append((timed, [Cell.step(own, batch, past, seed) for batch in how.batch for past in how.past]))
+            asked.append((timed, list(_steps(own, how, usual, seed))))
         for timed, those in asked:
             reports += measure_cells(
                 timed,
@@ -376,6 +378,16 @@ def time_family(
                 progress=setup.progress,
             )
     return reports
+
+
+def _steps(specs: Mapping[str, Any], how: BenchPart, usual: int, seed: int) -> Iterator[Cell]:
+    """One new token on every cache asked for; a prompt, of every length or the `usual` one, where it is empty."""
+    from bench.timing import Cell
+
+    for batch in how.batch:
+        for past in how.past or ():
+            for length in (1,) if past else how.seq or (usual,):
+                yield Cell.step(specs, batch, past, seed, sequence=length)
 
 
 def parity_options(setup: Setup) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from deploy_prune.release.manifest import LatencyEntry, Manifest, Member, QualityEntry
+from deploy_prune.release.manifest import DecoderEntry, LatencyEntry, Manifest, Member, QualityEntry
 
 
 def model_card(manifest: Manifest) -> str:
@@ -36,12 +36,13 @@ def model_card(manifest: Manifest) -> str:
             "Median and 99th percentile in milliseconds per call. `ratio` is to the dense model timed in the "
             "same run, with its 95 % interval; below 1 is faster. Raw samples are in `bench/`.",
         ]
-    if any(member.decoder for member in manifest.members):
+    if decoders := [member.decoder for member in manifest.members if member.decoder]:
         parts += [
             "## Decoding",
-            _table(("directory", "caches", "bytes", "parity error", "onnxruntime-genai"), _decoders(manifest)),
+            _table(("directory", "caches", "bytes", "parity error", "onnxruntime-genai"), _decoders(decoders)),
             "Each directory holds one graph for prefill (an empty past) and decoding with its key/value caches, and "
-            "the tokenizer: `deploy-prune generate . --member NAME --prompt ...`.",
+            "the tokenizer: `deploy-prune generate . --member NAME --prompt ...`."
+            + (" It gives the logits of the last new token alone." if decoders[0].outputs[0].shape[1] == 1 else ""),
         ]
     parts += [
         "## Inputs and output",
@@ -155,7 +156,7 @@ def _members(manifest: Manifest) -> tuple[Sequence[str], Sequence[Sequence[str]]
     return columns, rows
 
 
-def _decoders(manifest: Manifest) -> list[Sequence[str]]:
+def _decoders(decoders: Sequence[DecoderEntry]) -> list[Sequence[str]]:
     return [
         (
             decoder.directory,
@@ -164,8 +165,7 @@ def _decoders(manifest: Manifest) -> list[Sequence[str]]:
             f"{decoder.parity['error']:.0e}",
             f"no: {decoder.genai_refused}" if decoder.genai_refused else "serves it",
         )
-        for decoder in (member.decoder for member in manifest.members)
-        if decoder is not None
+        for decoder in decoders
     ]
 
 

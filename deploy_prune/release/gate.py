@@ -198,7 +198,7 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
             rules.runtime or "",
             f"b{rules.batch}" if rules.batch else "",
             f"s{rules.sequence}" if rules.sequence else "",
-            f"past {rules.past}" if rules.past else "",
+            "" if rules.past is None else f"past {rules.past}",
         )
         if part
     )
@@ -233,11 +233,11 @@ def cell_name(entry: LatencyEntry) -> str:
 
 
 def sizes_name(entry: LatencyEntry) -> str:
-    """`b8 s128`, `b1 past 128`."""
+    """`b8 s128`, `b1 past 128`, `b1 s128 past 0`."""
     parts = (
         f"b{entry.batch}",
         f"s{entry.sequence}" if entry.sequence else "",
-        f"past {entry.past}" if entry.past else "",
+        "" if entry.past is None else f"past {entry.past}",
     )
     return " ".join(part for part in parts if part)
 

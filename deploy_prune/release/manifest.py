@@ -98,7 +98,7 @@ class RatioEntry(_Part):
 
 class LatencyEntry(_Part):
     """One member in one cell; milliseconds per call, examples per second. `past`: the call is of a decoder, one new
-    token per text on a cache of so many. `trusted` when dense agreed with itself."""
+    token per text on a cache of so many, or `sequence` where that is given. `trusted` when dense agreed with itself."""
 
     runtime: Name
     device: Text | None

@@ -49,7 +49,9 @@ class RuleSet(BaseModel):
     runtime: str | None = Field(None, description="hold the latency rules in this runtime's cells only")
     batch: int | None = Field(None, ge=1, description="... at this batch size only")
     sequence: int | None = Field(None, ge=1, description="... at this sequence length only")
-    past: int | None = Field(None, ge=1, description="... of decoding on a cache of so many tokens only")
+    past: int | None = Field(
+        None, ge=0, description="... of decoding on a cache of so many tokens only; 0: of prompts to a decoder"
+    )
     bound: Literal["point", "interval"] = Field(
         "point", description="judge quality and speed-up by the figure itself, or by the worse end of its interval"
     )
@@ -74,7 +76,7 @@ class RuleSet(BaseModel):
         if not self.asked():
             raise ValueError("asks for nothing; give at least one of " + ", ".join(RuleSet.limits()))
         cells = any(getattr(self, name) is not None for name in LATENCY_RULES)
-        if not cells and (self.batch or self.sequence or self.past or self.runtime):
+        if not cells and {self.batch, self.sequence, self.past, self.runtime} != {None}:
             raise ValueError(f"selects latency cells but has none of {', '.join(LATENCY_RULES)}")
         return self
 

@@ -46,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "family": {"sparsities": [0.3], "layout": "uniform"},
         "refit": {"examples": 16},
         "export": {"cache": True, "last_logits": True, "checkpoints": True},
-        "bench": {"seconds": 0.01, "past": [12]},  # without a length: as many tokens as the model has positions for
+        "bench": {"seconds": 0.01, "past": [12, 0]},  # without a length: as many tokens as the model has positions for
         "precision": {
             "also": ["fp16", "bf16", "int8-dynamic", "int4-weight-only"],
             "examples": 16,
@@ -97,6 +97,12 @@ def test_caches_of_half_precisions_are_half_as_large(bundle: Path) -> None:
     assert sizes["s30.fp16"] < sizes["s30"]
 
 
+def test_the_card_says_that_only_the_last_logits_are_given(bundle: Path) -> None:
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert "the logits of the last new token alone" in card
+    assert "| –" in card and "| 64 | 0 |" in card  # the plain graphs, and prompts to decoders
+
+
 def test_run_py_answers_a_text(bundle: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(bundle / "run.py"), "--member", "s30", "w5 w0 w66"],
@@ -113,12 +119,14 @@ def test_decoders_are_timed_in_single_steps_where_a_runtime_computes_in_their_pr
         member.name: {(entry.sequence, entry.past) for entry in member.latency}
         for member in Manifest.load(bundle / "manifest.json").members
     }
-    assert cells["s30"] == cells["dense.int8-dynamic"] == {(64, None), (None, 12)}
+    assert cells["s30"] == cells["dense.int8-dynamic"] == {(64, None), (None, 12), (64, 0)}
     assert cells["s30.fp16"] == set()
     rules = ["-q", "gate", str(bundle), "--member", "s30", "--max-p50-ms", "1e6", "--no-verify"]
     # As little as was timed here, dense need not agree with itself.
     assert run_command([*rules, "--past", "12", "--allow-unmeasured", "max_p50_ms"]) == 0
     assert run_command([*rules, "--past", "13"]) == 1
+    assert run_command([*rules, "--past", "0", "--allow-unmeasured", "max_p50_ms"]) == 0
+    assert run_command([*rules, "--past", "0", "--seq", "63"]) == 1
 
 
 def test_bench_times_the_decoders_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +243,8 @@ def test_generate_refuses_what_is_not_there(bundle: Path, words: list[str], code
     ("setting", "code", "words"),
     [
         ("bench.past=[64]", 2, "more tokens than the model has positions for"),
+        ("bench.past=[-1]", 2, "bench.past"),
+        ("bench.seq=[65]", 2, "at most 64"),
         ("bench.runtimes=[torch-cpu]", 2, "decoders with a cache are ONNX files"),
         ("precision.keep_decoder=[nowhere]", 2, "no node is called 'nowhere'"),
         ("export.cache=false", 2, "with `bench.past`"),

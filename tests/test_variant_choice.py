@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.stats import Ratio
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making, variant
 from deploy_prune.pipeline.variant import choose, verdict_of
 from deploy_prune.recipe import load_recipe
 
@@ -61,10 +61,10 @@ def test_a_runtime_that_knows_standard_operators_alone_is_not_offered_others(tmp
         recipe=load_recipe("digits", ["bench.runtimes=[openvino]", "export.variant=auto"]), model=None
     )
     written = []
-    monkeypatch.setattr(stages, "export", lambda *_, variant: written.append(variant))
+    monkeypatch.setattr(making, "export", lambda *_, variant: written.append(variant))
     cell = Cell(FASTEST)
     cell.to_json = dict
-    monkeypatch.setattr(stages, "time_family", lambda *_: [cell])
+    monkeypatch.setattr(variant, "time_family", lambda *_: [cell])
     found = choose(setup, tmp_path)
     assert written == ["standard", "plain"] and found["chosen"] == "standard"
     assert "openvino knows standard operators alone" in found["why"]

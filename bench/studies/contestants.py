@@ -98,7 +98,7 @@ def planned(
     """
     from converters.surgery import compact
     from deploy_prune.compensation import compensate
-    from deploy_prune.pipeline.stages import planned_weights
+    from deploy_prune.pipeline.making import planned_weights
 
     plan = path.plan(budget="params", value=params, kinds=contestant.kinds if form == "own" else None)
     if contestant.ours:

@@ -148,7 +148,7 @@ def import_all() -> None:
     for name in (
         *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "timm", "transformers", "sklearn.datasets"),
         *("torch.export", "torch.onnx._internal.exporter", "deploy_prune.methods.spp", "deploy_prune.release.verify"),
-        *("deploy_prune.pipeline.run", "deploy_prune.pipeline.stages", "converters.onnx_export", "converters.parity"),
+        *("deploy_prune.pipeline.run", "deploy_prune.pipeline.making", "converters.onnx_export", "converters.parity"),
     ):
         importlib.import_module(name)
 

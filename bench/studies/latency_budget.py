@@ -63,14 +63,14 @@ def main(
     from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
-    from deploy_prune.pipeline import stages
     from deploy_prune.pipeline.choosing import exporter, search_of
+    from deploy_prune.pipeline.searching import find_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
 
     setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
-    path = SolutionPath.load(file) if file else stages.find_path(setup)
-    moments = stages.moments_of(setup)
+    path = SolutionPath.load(file) if file else find_path(setup)
+    moments = moments_of(setup)
     place = Place(runtime, batch, seq, threads)
     export = exporter(setup)
     search = search_of(setup, path, moments, place, align)
@@ -163,7 +163,7 @@ def judge_all(
     import torch
 
     from converters.surgery import compact
-    from deploy_prune.pipeline import stages
+    from deploy_prune.pipeline import making
 
     task = setup.task
     batches = list(task.evaluation(16, limit))
@@ -178,7 +178,7 @@ def judge_all(
     for name, plan in {"dense": None, **plans}.items():
         found = dense
         if plan is not None:
-            weights = stages.planned_weights(setup, plan, moments, path.basis)
+            weights = making.planned_weights(setup, plan, moments, path.basis)
             found = outputs(compact(weights, plan, inplace=True, check_weights=False))
         replay = iter(found)
         quality = task.evaluate(lambda _, replay=replay: next(replay), batches=batches)  # type: ignore[misc]

@@ -46,8 +46,8 @@ def main(
     from bench.environment import environment
     from deploy_prune.files import write_json
     from deploy_prune.methods import search
+    from deploy_prune.pipeline.searching import moments_of
     from deploy_prune.pipeline.setup import prepare
-    from deploy_prune.pipeline.stages import moments_of
     from deploy_prune.recipe import load_recipe
 
     setup = prepare(load_recipe(recipe, list(overrides)))
@@ -100,7 +100,7 @@ def main(
 def cut(setup: Setup, path: SolutionPath, plan: PrunePlan, moments: Moments | None) -> nn.Module:
     """The compact model of a path's plan, refitted when there are moments."""
     from converters.surgery import compact
-    from deploy_prune.pipeline.stages import planned_weights
+    from deploy_prune.pipeline.making import planned_weights
 
     return compact(planned_weights(setup, plan, moments, path.basis), plan, check_weights=False)
 

@@ -76,7 +76,8 @@ def _cut(setup: Setup, method: str, kinds: list[str], sparsity: float) -> Any:
     """The refitted compact model that all variants start from."""
     from converters.surgery import compact
     from deploy_prune.methods import search
-    from deploy_prune.pipeline.stages import moments_of, planned_weights
+    from deploy_prune.pipeline.making import planned_weights
+    from deploy_prune.pipeline.searching import moments_of
 
     how = setup.recipe.search
     options = how.options if method == how.method else {}

@@ -28,8 +28,8 @@ def main(recipe: str, file: Path, overrides: tuple[str, ...], shares: tuple[floa
     from deploy_prune.errors import BudgetError
     from deploy_prune.files import write_json
     from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.searching import moments_of
     from deploy_prune.pipeline.setup import prepare
-    from deploy_prune.pipeline.stages import moments_of
     from deploy_prune.recipe import load_recipe
     from deploy_prune.uniform import uniform_plan
 

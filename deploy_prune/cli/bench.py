@@ -12,12 +12,11 @@ import click
 from deploy_prune.cli.latency_tables import explain, show, show_reasons, sizes_text
 from deploy_prune.cli.timed_models import find_models, uncomputed
 from deploy_prune.errors import UnavailableError, UsageError
+from deploy_prune.latency.place import DEFAULT_SEQUENCE
 
 if TYPE_CHECKING:
     from bench.report import LatencyReport
     from bench.runtimes import Runtime
-
-DEFAULT_SEQUENCE = 128
 
 
 @click.command("bench")

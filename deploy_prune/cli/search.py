@@ -75,8 +75,8 @@ def command(
     """
     from deploy_prune.cli.inspect import describe_path
     from deploy_prune.path import SolutionPath
+    from deploy_prune.pipeline.searching import find_path
     from deploy_prune.pipeline.setup import prepare
-    from deploy_prune.pipeline.stages import find_path
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe import recipe_from
     from deploy_prune.recipe_parts import ComputePart

@@ -12,8 +12,8 @@ from deploy_prune.pipeline.choosing import CURVE, FITS, TABLE
 from deploy_prune.pipeline.decoders import place_decoder
 from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.learning import DELTA, LEARNED
+from deploy_prune.pipeline.making import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
 from deploy_prune.pipeline.setup import Setup
-from deploy_prune.pipeline.stages import CHECKPOINT, DENSE, PLAN, SAMPLES, SCORES
 from deploy_prune.pipeline.uniform import STOCK
 from deploy_prune.pipeline.variant import CHOICE
 from deploy_prune.pipeline.workspace import Stage

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deploy_prune.budget import MEASURED
 from deploy_prune.errors import UsageError
-from deploy_prune.pipeline import choosing, stages
+from deploy_prune.pipeline import choosing, making
 from deploy_prune.pipeline.setup import Setup, check_names
 from deploy_prune.plan import dense_plan
 
@@ -94,7 +94,7 @@ def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
     if choosing.is_measured(setup):
         dense_plan(path.model, path.weights_sha256, path.sites).validate_for(setup.sites, setup.weights_sha256)
         return {}
-    plans = stages.plans_of(setup, path)
+    plans = making.plans_of(setup, path)
     for name, plan in plans.items():
         plan.validate_for(setup.sites, setup.weights_sha256, where=f"plan {name}")
     return plans

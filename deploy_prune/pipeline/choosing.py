@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.budget import MEASURED
 from deploy_prune.files import read_json, write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.plan import PrunePlan
 
@@ -61,7 +61,7 @@ def choose_members(
 
 def exporter(setup: Setup) -> Export:
     """Writes a model's ONNX file as the recipe says."""
-    return lambda model, file: stages.export(setup, model, file, file.stem)
+    return lambda model, file: making.export(setup, model, file, file.stem)
 
 
 def search_of(
@@ -113,7 +113,7 @@ def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Call
         setup.model,
         setup.sites,
         setup.task,
-        lambda plan: stages.planned_weights(setup, plan, moments, path.basis),
+        lambda plan: making.planned_weights(setup, plan, moments, path.basis),
         batch_size=setup.recipe.refit.batch_size,
         seed=setup.recipe.seed,
         device=setup.device,

@@ -37,7 +37,7 @@ def make_decoder(setup: Setup, model: nn.Module, name: str, directory: Path) -> 
     from converters.decoder_export import GRAPH, export_decoder
     from converters.decoder_parity import check_decoder, record_decoder_samples
     from converters.generation import OnnxDecoder
-    from deploy_prune.pipeline.stages import parity_options
+    from deploy_prune.pipeline.making import parity_options
 
     if not setup.recipe.export.cache:
         return None

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_prune.files import write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
 from deploy_prune.pipeline.recovering import FACTS, WEIGHTS, judge, save_weights
+from deploy_prune.pipeline.searching import compute_of
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.saved_state import SavedState
 
@@ -46,9 +47,9 @@ def dynamic_member(
     from converters.surgery import compact
     from deploy_prune.dynamic.trained import train_dynamic
 
-    clock = stages.Clock()
+    clock = making.Clock()
     with clock.step("refit"):
-        source = stages.planned_weights(setup, plan, moments, basis)
+        source = making.planned_weights(setup, plan, moments, basis)
     with clock.step("quality"):
         before = judge(setup, compact(source, plan, check_weights=False), reference)
     how = setup.recipe.dynamic.model_dump(exclude={"enabled", "apart"}, exclude_unset=True)
@@ -60,21 +61,21 @@ def dynamic_member(
             teacher=setup.model,
             seed=setup.recipe.seed,
             progress=setup.progress,
-            compute=stages.compute_of(setup),
+            compute=compute_of(setup),
             saved=saved,
             **how,
         )
     source.cpu()
     trained = found.model.cpu()
     small = compact(trained, found.plan, check_weights=False)
-    forms: dict[str, Any] = {"masked": stages.masked_form(setup, trained, found.plan), "compact": small}
+    forms: dict[str, Any] = {"masked": making.masked_form(setup, trained, found.plan), "compact": small}
     if setup.recipe.dynamic.apart:
         assert found.adapted is not None  # the recipe asks for adapters
         forms["apart"] = _shipped_apart(setup, found.adapted.cpu(), found.plan, directory / APART)
     with clock.step("parity"):
-        parity = check_parity(forms, setup.task.signature, **stages.parity_options(setup))
+        parity = check_parity(forms, setup.task.signature, **making.parity_options(setup))
     save_weights(small, directory / WEIGHTS)
-    found.plan.save(directory / stages.PLAN)
+    found.plan.save(directory / making.PLAN)
     found.history.save(directory / HISTORY)
     facts = found.to_json()
     marks = facts.pop("marks")
@@ -101,7 +102,7 @@ def _shipped_apart(setup: Setup, adapted: nn.Module, plan: PrunePlan, directory:
     """Write base and adapters, read them back, and return what they compute."""
     from converters.adapters_apart import load_apart, save_apart
 
-    save_apart(adapted, plan, directory, tokenizer=stages.tokenizer_of(setup))
+    save_apart(adapted, plan, directory, tokenizer=making.tokenizer_of(setup))
     loaded = load_apart(directory, trust_code=True)  # it was written a moment ago, from the model of this run
 
     def form(inputs: Mapping[str, Tensor]) -> Tensor:

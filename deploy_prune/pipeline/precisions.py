@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.decoder_export import GRAPH
 from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
 from deploy_prune.pipeline.bundling import FACTS
 from deploy_prune.pipeline.decoders import DECODER, place_decoder
 from deploy_prune.pipeline.decoders import SAMPLES as DECODER_SAMPLES
@@ -98,8 +98,8 @@ def make_precision(
     )
     converted = time.monotonic() - started
     answer = asked_of(file, precision)
-    quality = stages.judge(setup, file, directory, reference, predict=_predict(answer))
-    record_answers(directory / stages.SAMPLES, answer, signature, seed=setup.recipe.seed)
+    quality = making.judge(setup, file, directory, reference, predict=_predict(answer))
+    record_answers(directory / making.SAMPLES, answer, signature, seed=setup.recipe.seed)
     found = report.to_json()
     return {
         "export": {"sha256": found.pop("sha256"), "bytes": found.pop("bytes"), "nodes": found.pop("nodes")},
@@ -160,9 +160,9 @@ def place_precision(bundle: Path, name: str, stage: Stage, twin: Member, latency
     from deploy_prune.release.manifest import Member, QualityEntry, SamplesEntry
 
     facts = read_json(stage.directory / FACTS)
-    scores = stage.directory / stages.SCORES
+    scores = stage.directory / making.SCORES
     file = place(bundle, f"models/{name}.onnx", stage.directory / f"{name}.onnx", link=True)
-    samples = place(bundle, f"samples/{name}.safetensors", stage.directory / stages.SAMPLES, link=True)
+    samples = place(bundle, f"samples/{name}.safetensors", stage.directory / making.SAMPLES, link=True)
     judged = scores.is_file()
     return Member(
         name=name,

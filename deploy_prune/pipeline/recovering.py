@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune import distributed
 from deploy_prune.files import atomic_file, write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
+from deploy_prune.pipeline.searching import compute_of, moments_of
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.saved_state import SavedState
 
@@ -58,21 +59,21 @@ def recover_member(
     from converters.surgery import compact
     from deploy_prune.recovery import recover
 
-    clock = stages.Clock()
+    clock = making.Clock()
     if seed is not None:
         with clock.step("moments"):
             setup_of_seed = dataclasses.replace(setup, model=grown(setup, seed))
             own = plan.model_copy(update={"basis": None})  # the grown model's weights are in that basis already
-            moments = None if moments is None else stages.moments_of(setup_of_seed)
-            source = stages.planned_weights(setup_of_seed, own, moments, None)
+            moments = None if moments is None else moments_of(setup_of_seed)
+            source = making.planned_weights(setup_of_seed, own, moments, None)
         plan = own
     else:
         with clock.step("refit"):
-            source = stages.planned_weights(setup, plan, moments, basis)
+            source = making.planned_weights(setup, plan, moments, basis)
     small = compact(source, plan, check_weights=False)
     with clock.step("parity"):
-        forms: dict[str, Any] = {"masked": stages.masked_form(setup, source, plan), "compact": small}
-        parity = check_parity(forms, setup.task.signature, **stages.parity_options(setup))
+        forms: dict[str, Any] = {"masked": making.masked_form(setup, source, plan), "compact": small}
+        parity = check_parity(forms, setup.task.signature, **making.parity_options(setup))
     with clock.step("quality"):
         before = judge(setup, small, reference)
     how = setup.recipe.recover.model_dump(exclude={"enabled", "progressive"}, exclude_unset=True)
@@ -83,7 +84,7 @@ def recover_member(
             teacher=setup.model,
             seed=setup.recipe.seed,
             progress=setup.progress,
-            compute=stages.compute_of(setup),
+            compute=compute_of(setup),
             saved=saved,
             **how,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deploy_prune import distributed
 from deploy_prune.errors import UsageError
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
 from deploy_prune.pipeline.bundling import assemble, is_bundle, made_by
 from deploy_prune.pipeline.checks import check_lengths, check_path, check_runtimes, checked_plans
 from deploy_prune.pipeline.decoders import check_cache
@@ -78,9 +78,9 @@ def run_recipe(
         dense = dense_stage(workspace, setup)
         chosen = choosing_stage(workspace, setup, searched, moments)
         members = member_stages(workspace, setup, searched, moments, dense, chosen)
-        lowered = precision_stages(workspace, setup, {stages.DENSE: dense, **members}, reference_of(dense))
+        lowered = precision_stages(workspace, setup, {making.DENSE: dense, **members}, reference_of(dense))
         timed = bench_stage(workspace, setup, dense, members, lowered)
-        models = {stages.DENSE: dense, **members}
+        models = {making.DENSE: dense, **members}
         parts = (learned, formed, searched, chosen, *models.values(), *(s for s, _ in lowered.values()), timed)
         made = [stage for stage in parts if stage is not None]
         bundle = workspace.stage(

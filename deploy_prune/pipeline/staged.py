@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
-from deploy_prune.pipeline import choosing, stages
+from deploy_prune.pipeline import choosing, making
 from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH
 from deploy_prune.pipeline.checks import checked_plans
 from deploy_prune.pipeline.decoders import DECODER
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
+from deploy_prune.pipeline.searching import find_path, moments_to
+from deploy_prune.pipeline.timing import time_family
 from deploy_prune.pipeline.workspace import Stage, Workspace, fingerprint
 from deploy_prune.saved_state import SavedState
 
@@ -35,7 +37,7 @@ def search_stage(workspace: Workspace, setup: Setup, path: SolutionPath | None) 
     saved = workspace.saved("path")
 
     def work(directory: Path) -> None:
-        (path or stages.find_path(setup, saved)).save(directory / PATH)
+        (path or find_path(setup, saved)).save(directory / PATH)
 
     done = workspace.stage("path", {**setup.identity, "search": how, "given": given}, work, together=True)
     workspace.forget(saved)
@@ -51,7 +53,7 @@ def moments_stage(workspace: Workspace, setup: Setup) -> Stage | None:
     saved = workspace.saved("moments") / fingerprint(inputs)
 
     def work(directory: Path) -> None:
-        stages.moments_to(setup, saved)
+        moments_to(setup, saved)
         if distributed.is_main():
             saved.rename(directory / MOMENTS)
 
@@ -64,7 +66,7 @@ def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
     """The dense model's ONNX, proved and judged."""
 
     def work(directory: Path) -> None:
-        write_json(directory / FACTS, stages.export_dense(setup, directory))
+        write_json(directory / FACTS, making.export_dense(setup, directory))
 
     return workspace.stage("dense", {**setup.identity, **_parts(setup, "export", "parity", "quality")}, work)
 
@@ -109,7 +111,7 @@ def member_stages(
     path = distributed.from_main(lambda: SolutionPath.load(searched.directory / PATH))
     plans = checked_plans(setup, path) if chosen is None else distributed.from_main(lambda: _chosen(chosen))
     dense_facts = distributed.from_main(lambda: read_json(dense.directory / FACTS))
-    unread = stages.unread_bytes(setup, dense_facts["export"])
+    unread = making.unread_bytes(setup, dense_facts["export"])
 
     @cache
     def loaded() -> Moments | None:
@@ -135,7 +137,7 @@ def member_stages(
                 dynamic_member(setup, plan, loaded(), directory, saved=saved, **given)
 
             recovered = training_stage(workspace, setup, name, inputs | _training(setup, "dynamic"), train)
-            plan = distributed.from_main(partial(PrunePlan.load, recovered.directory / stages.PLAN))
+            plan = distributed.from_main(partial(PrunePlan.load, recovered.directory / making.PLAN))
         elif setup.recipe.recover.enabled:
             given["seed"] = larger
 
@@ -153,7 +155,7 @@ def member_stages(
         def work(
             directory: Path, name: str = name, plan: PrunePlan = plan, recovered: Stage | None = recovered
         ) -> None:
-            facts = stages.make_member(
+            facts = making.make_member(
                 setup,
                 name,
                 plan,
@@ -207,12 +209,12 @@ def bench_stage(
         return None
     extra = {name: stage for name, (stage, _) in (lowered or {}).items()}
     precisions = {name: name.removeprefix(f"{twin}.") for name, (_, twin) in (lowered or {}).items()}
-    made = {stages.DENSE: dense, **members, **extra}
+    made = {making.DENSE: dense, **members, **extra}
     files = {name: stage.directory / f"{name}.onnx" for name, stage in made.items()}
     decoders = {name: stage.directory / DECODER / GRAPH for name, stage in made.items()} if how.past else {}
 
     def work(directory: Path) -> None:
-        for report in stages.time_family(setup, files, precisions, decoders):
+        for report in time_family(setup, files, precisions, decoders):
             cell = report.to_json()
             name = "-".join([str(cell["runtime"]), *(f"{k}{v}" for k, v in report.samples.sizes.items())])
             report.save_raw(directory / f"{name}.samples.json")

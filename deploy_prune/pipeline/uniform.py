@@ -53,7 +53,7 @@ def leave_stock(setup: Setup, small: nn.Module, directory: Path) -> None:
     """
     from converters.parity import check_parity
     from converters.stock import save_stock, stock_model
-    from deploy_prune.pipeline.stages import parity_options
+    from deploy_prune.pipeline.making import parity_options
 
     if setup.recipe.family.layout != "uniform":
         return

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune import distributed
 from deploy_prune.files import read_json, write_json
-from deploy_prune.pipeline import stages
+from deploy_prune.pipeline import making
 from deploy_prune.pipeline.setup import Setup
+from deploy_prune.pipeline.timing import time_family
 from deploy_prune.pipeline.workspace import Stage, Workspace
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def choose(setup: Setup, directory: Path) -> dict[str, Any]:
     files = {}
     for variant in (DEFAULT, *others):
         files[variant] = directory / f"{variant}.onnx"
-        stages.export(setup, setup.model, files[variant], variant, variant=variant)
-    reports = stages.time_family(setup, files)
+        making.export(setup, setup.model, files[variant], variant, variant=variant)
+    reports = time_family(setup, files)
     for file in directory.glob("*.onnx*"):
         file.unlink()
     chosen, why = verdict_of(reports, others)

@@ -1,37 +1,30 @@
-"""The steps of a run as plain functions: find a path, collect moments, cut a member, prove it, judge it, time it.
+"""The steps that make one model of a family, as plain functions: refit, cut, export, prove, judge.
 
 Each takes what it needs and returns what it made; `run.py` strings them together and decides where the results live.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_prune.errors import DataError
 from deploy_prune.files import read_json
 from deploy_prune.pipeline.auditing import audit_of, check_bytes, stored_bytes
 from deploy_prune.pipeline.decoders import make_decoder
 from deploy_prune.pipeline.setup import Setup, tokenizer_of
 from deploy_prune.pipeline.uniform import leave_stock, member_plan
-from deploy_prune.pipeline.workspace import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from bench.report import LatencyReport
-    from bench.timing import Cell
     from deploy_prune.basis import Basis
-    from deploy_prune.methods.compute import Compute
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
-    from deploy_prune.recipe_parts import BenchPart
     from deploy_prune.refitting import Moments
 
 DENSE = "dense"
@@ -40,7 +33,6 @@ PLAN = "plan.json"
 SAMPLES = "samples.safetensors"
 SCORES = "scores.safetensors"
 CHECKPOINT = "checkpoint"
-DEFAULT_SEQUENCE = 128  # tokens per example where the recipe names none
 
 
 @dataclass
@@ -54,121 +46,6 @@ class Clock:
         started = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-
-def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
-    """Search the model once; all processes of the run take part. The path remembers the task, so that members can be
-    cut from the file alone (and from the task delta beside it, where one made the model). The search goes on from what
-    an earlier one left in the directory `saved`."""
-    from deploy_prune.methods import search
-    from deploy_prune.saved_state import SavedState
-
-    recipe, how = setup.recipe, setup.recipe.search
-    compute = compute_of(setup)
-    model = setup.model if compute.shard else setup.model.to(setup.device)
-    try:
-        path = search(
-            model,
-            setup.task,
-            how.method,
-            allocation=how.allocation,
-            basis=how.basis,
-            stages=how.stages,
-            examples=how.examples,
-            batch_size=how.batch_size,
-            precision=how.precision,
-            seed=recipe.seed,
-            model_name=recipe.portable()["model"],
-            progress=setup.progress,
-            compute=compute,
-            saved=SavedState(saved, search_fingerprint(setup), recipe.compute.checkpoint_minutes),
-            **how.options,
-        )
-    finally:
-        model.cpu()
-    learned = {} if setup.delta is None else {"delta": setup.delta}
-    return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"], **learned})
-
-
-def compute_of(setup: Setup) -> Compute:
-    """How the work is cut up and shared out, by the recipe or by `accelerate launch --use_fsdp`."""
-    from deploy_prune import distributed
-    from deploy_prune.methods.compute import Compute
-
-    how = setup.recipe.compute
-    shard = how.shard or distributed.sharded_by_launcher()
-    return Compute(how.micro_batch, how.activation_checkpointing, shard, how.memory_gb)
-
-
-def search_fingerprint(setup: Setup) -> str:
-    """What tells one search from any other: all that its path depends on, but for rounding."""
-    return fingerprint({**setup.identity, "search": setup.recipe.search.model_dump(mode="json")})
-
-
-def moments_of(setup: Setup) -> Moments:
-    """First and second moments of what every output projection reads, over the refit's calibration examples."""
-    from deploy_prune.refitting import collect_moments
-
-    how = setup.recipe.refit
-    limit = min(how.examples or setup.task.calibration_size, setup.task.calibration_size)
-    model = setup.model.to(setup.device)
-    setup.progress.start(limit, "moments")
-    try:
-        return collect_moments(
-            model,
-            setup.sites,
-            setup.task.calibration(how.batch_size, limit, setup.recipe.seed),
-            setup.task.signature,
-            **emphasis_of(setup),
-            progress=setup.progress,
-        )
-    finally:
-        setup.progress.finish()
-        model.cpu()
-
-
-def moments_to(setup: Setup, directory: Path) -> None:
-    """As `moments_of`, but written to `directory`, a few sites at a time if all do not fit into memory, and by all
-    processes of the run. Sites that an earlier call left there whole are not done again."""
-    from deploy_prune.methods import placed
-    from deploy_prune.methods.compute import GIB
-    from deploy_prune.moment_groups import collect_to
-
-    how, task, compute = setup.recipe.refit, setup.task, compute_of(setup)
-    limit = min(how.examples or task.calibration_size, task.calibration_size)
-    order = task.calibration_order(task.calibration_items(limit), how.batch_size, setup.recipe.seed)
-    model = setup.model if compute.shard else setup.model.to(setup.device)
-    try:
-        with placed(model, setup.sites, compute) as ready:
-            collect_to(
-                directory,
-                ready,
-                setup.sites,
-                task,
-                order,
-                limit=setup.recipe.compute.memory_gb * GIB,
-                **emphasis_of(setup),
-                compute=compute,
-                progress=setup.progress,
-            )
-    finally:
-        model.cpu()
-
-
-def emphasis_of(setup: Setup) -> dict[str, Any]:
-    """The losses that weight the refit's tokens, and how far, by the recipe. Raises DataError when it asks for an
-    emphasis on data without labels."""
-    from deploy_prune.refitting import EMPHASIS
-
-    asked = setup.recipe.refit.emphasis
-    losses = setup.task.calibration_losses()
-    if asked and losses is None:
-        raise DataError(
-            "refit.emphasis needs labeled calibration data",
-            where=setup.task.name,
-            remedy="Give labels, or leave refit.emphasis out.",
-        )
-    return {"losses": losses, "emphasis": EMPHASIS if asked is None else asked}
 
 
 def plans_of(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:
@@ -337,57 +214,6 @@ def onnx_predictor(onnx: Path) -> Any:
         return session.run({name: tensor.numpy() for name, tensor in inputs.items()})
 
     return predict
-
-
-def time_family(
-    setup: Setup,
-    files: Mapping[str, Path],
-    precisions: Mapping[str, str] | None = None,
-    decoders: Mapping[str, Path] | None = None,
-) -> list[LatencyReport]:
-    """Every cell of the recipe's latency table, those of `decoders` with a cache too; the first of `files` is the
-    baseline. Of those in another precision (`precisions`: name -> which) a runtime only gets what it computes in."""
-    from bench.inputs import graph_inputs, has_sequence
-    from bench.runtimes import get_runtime
-    from bench.timing import Cell, measure_cells
-    from converters.decoder_export import longest_of
-    from converters.precision.formats import runs, steps_run
-
-    how, seed = setup.recipe.bench, setup.recipe.seed
-    specs = graph_inputs(next(iter(files.values())))
-    usual = min(DEFAULT_SEQUENCE, longest_of(setup.model) or DEFAULT_SEQUENCE)
-    lengths: Sequence[int | None] = how.seq or ([usual] if has_sequence(specs) else [None])
-    cells = [Cell.made(specs, batch, length, seed) for batch in how.batch for length in lengths]
-    reports = []
-    for name in how.runtimes:
-        runtime = get_runtime(name, trust_code=setup.recipe.model.startswith("python:"))
-        timed = {member: file for member, file in files.items() if runs(name, (precisions or {}).get(member, "fp32"))}
-        asked = [(timed, cells)]
-        if how.past and decoders:
-            timed = {m: file for m, file in decoders.items() if steps_run(name, (precisions or {}).get(m, "fp32"))}
-            own = {member: graph_inputs(file) for member, file in timed.items()}
-            asked.append((timed, list(_steps(own, how, usual, seed))))
-        for timed, those in asked:
-            reports += measure_cells(
-                timed,
-                those,
-                runtime=runtime,
-                seconds=how.seconds,
-                threads=how.threads,
-                seed=seed,
-                progress=setup.progress,
-            )
-    return reports
-
-
-def _steps(specs: Mapping[str, Any], how: BenchPart, usual: int, seed: int) -> Iterator[Cell]:
-    """One new token on every cache asked for; a prompt, of every length or the `usual` one, where it is empty."""
-    from bench.timing import Cell
-
-    for batch in how.batch:
-        for past in how.past or ():
-            for length in (1,) if past else how.seq or (usual,):
-                yield Cell.step(specs, batch, past, seed, sequence=length)
 
 
 def parity_options(setup: Setup) -> dict[str, Any]:

@@ -75,7 +75,6 @@ def latency_plans(
     loss_of = distance_of(model, path.sites, task, weights_of)
     curve = loss_curve(path, loss_of, kinds=kinds, progress=progress)
     search = Search(path, table, curve, place, tuple(kind.value for kind in chosen), align, loss_of)
-    plans, fits = fit_plans(
-        search, {f"{value!r}": (budget, value) for value in values}, model, export, progress=progress
-    )
-    return [(plans[name], fits[name]) for name in plans]
+    asked = {repr(value): (budget, value) for value in values}
+    plans, fits = fit_plans(search, asked, model, export, progress=progress)
+    return [(plans[repr(value)], fits[repr(value)]) for value in values]

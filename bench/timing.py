@@ -94,7 +94,7 @@ class Cell:
             name: make_inputs(each, batch=batch, sequence=sequence, past=past, seed=seed)
             for name, each in specs.items()
         }
-        more = {} if sequence == 1 else {"sequence": sequence}
+        more = {"sequence": sequence} if sequence > 1 or past == 0 else {}
         return Cell(next(iter(own.values())), {"batch": batch, **more, "past": past}, own)
 
     def of(self, candidate: str) -> Mapping[str, np.ndarray]:

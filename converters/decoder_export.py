@@ -18,6 +18,7 @@ from converters.generation import METADATA, About
 from converters.onnx_export import ExportReport, export_onnx
 from deploy_prune.errors import UnsupportedModelError
 from deploy_prune.files import atomic_dir, write_json
+from deploy_prune.tasks.tokens import longest_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,7 @@ def export_decoder(
     from converters.genai import genai_config
 
     slots, signature = cache_slots(model), decoding_signature(model, last_logits=last_logits)
-    about = About(stop_tokens(model), longest_of(model))
+    about = About(stop_tokens(model), longest_text(getattr(model, "config", None)))
     with atomic_dir(directory) as room:
         report = export_onnx(
             model,
@@ -95,9 +96,3 @@ def stop_tokens(model: nn.Module) -> tuple[int, ...]:
     for config in (getattr(model, "generation_config", None), model.config):
         found = getattr(config, "eos_token_id", None) if found is None else found
     return () if found is None else tuple(found) if isinstance(found, list | tuple) else (int(found),)
-
-
-def longest_of(model: nn.Module) -> int | None:
-    """How many tokens the model has positions for, where it says so."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return None if longest is None else int(longest)

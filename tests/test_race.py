@@ -148,7 +148,10 @@ def test_the_best_are_trained_once_and_anew_on_other_terms(tmp_path):
     assert trained[1] is trained[0]
     assert trained[2]["training"] == {"examples": 64}
     assert race.result.rows["random/recovered/0.3"]["training"] == {"examples": 64}
-    assert "After the same recovery of 2 steps (examples 64)" in full(race.result)
+    assert "After the same recovery, 2 steps, examples 64:" in full(race.result)
+    race.result.rows["random/recovered/0.3"]["steps"] = 3
+    with pytest.raises(UsageError, match="unlike terms"):
+        full(race.result)
 
 
 def test_a_section_replaces_only_what_lies_between_its_markers():

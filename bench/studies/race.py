@@ -97,7 +97,8 @@ def main(
     from deploy_prune.errors import UsageError, did_you_mean
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
-    from deploy_prune.recipe_text import settings_of
+    from deploy_prune.recipe_text import checked_options, settings_of
+    from deploy_prune.recovery.options import RecoverOptions
 
     known = contestants()
     for name in (*names, *again):
@@ -108,6 +109,8 @@ def main(
         raise UsageError("--recover says how the best few are trained", remedy="Give --recover-steps too.")
     if "steps" in training:
         raise UsageError("--recover takes every option but steps", remedy="Give them as --recover-steps.")
+    if recover_steps:
+        checked_options(RecoverOptions, {**training, "steps": recover_steps}, "recovery")
     terms = TERMS.get(Path(recipe).stem, Terms(1024, 32))
     terms = Terms(examples or terms.examples, batch_size or terms.batch_size, limit or terms.limit)
     setup = prepare(load_recipe(recipe, list(overrides)))

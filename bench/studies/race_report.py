@@ -58,9 +58,8 @@ def full(result: RaceResult) -> str:
     """Everything a race found, as Markdown: who kept how much at each size, the verdicts, and what was left out."""
     head = result.head
     parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
-    if trained := [row for row in result.rows.values() if row["form"] == "recovered"]:
-        terms = ", ".join(f"{key} {value}" for key, value in trained[0].get("training", {}).items())
-        parts += ["", f"After the same recovery of {trained[0]['steps']} steps{terms and f' ({terms})'}:", ""]
+    if terms := training_of(result):
+        parts += ["", f"After the same recovery, {terms}:", ""]
         parts += [*verdicts(result, "recovered"), *untrained(result)]
     parts += ["", *latencies(result)]
     for name, reason in head["not_supported"].items():
@@ -75,11 +74,29 @@ def section(results: Sequence[RaceResult]) -> str:
     parts: list[str] = []
     for title, result in titled(results).items():
         parts += [f"**{title}**: {facts(result)}", "", *verdicts(result), ""]
-        if any(row["form"] == "recovered" for row in result.rows.values()):
-            parts += ["The best few after the same short recovery:", ""]
+        if terms := training_of(result):
+            parts += [f"The best few after the same short recovery, {terms}:", ""]
             parts += [*verdicts(result, "recovered"), *untrained(result), ""]
         parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
     return "\n".join(parts).strip()
+
+
+def training_of(result: RaceResult) -> str:
+    """`50 steps, batch_size 2`; nothing where none was trained. Raises UsageError when rows were trained on other terms
+    than each other."""
+    found = {
+        ", ".join([f"{row['steps']} steps", *(f"{key} {value}" for key, value in row.get("training", {}).items())])
+        for row in result.rows.values()
+        if row["form"] == "recovered"
+    }
+    if len(found) > 1:
+        raise UsageError(
+            "rows were trained on unlike terms",
+            where=str(result.path),
+            got="; ".join(sorted(found)),
+            remedy="Train all of them again: the rows of one recovery replace those of another.",
+        )
+    return next(iter(found), "")
 
 
 def untrained(result: RaceResult) -> list[str]:

@@ -20,7 +20,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--member", "members", multiple=True, metavar="NAME", help="Name or pattern.  [default: all but dense]")
 @click.option("--runtime", help="Hold latency rules in this runtime's cells only.")
 @click.option("--batch", type=int, help="... at this batch size only.")
-@click.option("--seq", "sequence", type=int, help="... at this sequence length only.")
+@click.option(
+    "--seq", "sequence", type=int, help="... at this sequence length only; without --past, of graphs without a cache."
+)
 @click.option("--past", type=int, help="... of decoding on a cache of so many tokens only; 0: of prompts to a decoder.")
 @click.option("--bound", type=click.Choice(["point", "interval"]), help="Judge figures, or their interval's worse end.")
 @click.option(

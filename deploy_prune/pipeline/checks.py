@@ -9,6 +9,7 @@ from deploy_prune.errors import UsageError
 from deploy_prune.pipeline import choosing, making
 from deploy_prune.pipeline.setup import Setup, check_names
 from deploy_prune.plan import dense_plan
+from deploy_prune.tasks.tokens import longest_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,13 +73,14 @@ def check_model(recipe: Recipe, model: nn.Module) -> None:
     """Raise UsageError when the recipe times more tokens than the model has positions for, UnsupportedModelError when
     the model cannot leave logits out and the recipe wants it to."""
     from converters.cache import check_keeps
-    from converters.decoder_export import longest_of
 
     if recipe.export.last_logits:
         check_keeps(model)
-    longest = longest_of(model)
-    for key, tokens, new in (("past", recipe.bench.past or [], 1), ("seq", recipe.bench.seq or [], 0)):
-        if tokens and longest is not None and max(tokens) + new > longest:
+    longest, asked = longest_text(getattr(model, "config", None)), recipe.bench
+    if longest is None or not asked.enabled:
+        return
+    for key, tokens, new in (("past", asked.past or [], 1), ("seq", asked.seq or [], 0)):
+        if tokens and max(tokens) + new > longest:
             raise UsageError(
                 "more tokens than the model has positions for",
                 where=f"recipe key bench.{key}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.latency.place import DEFAULT_SEQUENCE
 from deploy_prune.pipeline.setup import Setup
+from deploy_prune.tasks.tokens import longest_text
 
 if TYPE_CHECKING:
     from bench.report import LatencyReport
@@ -26,12 +27,11 @@ def time_family(
     from bench.inputs import graph_inputs, has_sequence
     from bench.runtimes import get_runtime
     from bench.timing import Cell, measure_cells
-    from converters.decoder_export import longest_of
     from converters.precision.formats import runs, steps_run
 
     how, seed = setup.recipe.bench, setup.recipe.seed
     specs = graph_inputs(next(iter(files.values())))
-    usual = min(DEFAULT_SEQUENCE, longest_of(setup.model) or DEFAULT_SEQUENCE)
+    usual = min(DEFAULT_SEQUENCE, longest_text(getattr(setup.model, "config", None)) or DEFAULT_SEQUENCE)
     lengths: Sequence[int | None] = how.seq or ([usual] if has_sequence(specs) else [None])
     cells = [Cell.made(specs, batch, length, seed) for batch in how.batch for length in lengths]
     reports = []
@@ -61,6 +61,6 @@ def _steps(specs: Mapping[str, Any], how: BenchPart, usual: int, seed: int) -> I
     from bench.timing import Cell
 
     for batch in how.batch:
-        for past in how.past or ():
-            for length in (1,) if past else how.seq or (usual,):
+        for past in dict.fromkeys(how.past or ()):
+            for length in (1,) if past else dict.fromkeys(how.seq or (usual,)):
                 yield Cell.step(specs, batch, past, seed, sequence=length)

@@ -190,7 +190,7 @@ def _latency(name: str, limit: float, member: Member, rules: RuleSet) -> Iterato
         if rules.runtime in (None, entry.runtime)
         and rules.batch in (None, entry.batch)
         and rules.sequence in (None, entry.sequence)
-        and rules.past in (None, entry.past)
+        and (entry.past == rules.past or (rules.past is None and rules.sequence is None))
     ]
     wanted = " ".join(
         part

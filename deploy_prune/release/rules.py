@@ -48,7 +48,9 @@ class RuleSet(BaseModel):
     members: list[str] = Field([], description="names or patterns; default: every member but dense")
     runtime: str | None = Field(None, description="hold the latency rules in this runtime's cells only")
     batch: int | None = Field(None, ge=1, description="... at this batch size only")
-    sequence: int | None = Field(None, ge=1, description="... at this sequence length only")
+    sequence: int | None = Field(
+        None, ge=1, description="... at this sequence length only; without `past`, of graphs without a cache"
+    )
     past: int | None = Field(
         None, ge=0, description="... of decoding on a cache of so many tokens only; 0: of prompts to a decoder"
     )

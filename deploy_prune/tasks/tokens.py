@@ -80,11 +80,13 @@ def max_length_of(model: nn.Module, tokenizer: Any, asked: int | None, folder_li
 
 
 def longest_text(config: Any) -> int | None:
-    """How many tokens a model with this config has positions for, None where it does not say."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and config.model_type in _POSITIONS_AFTER_PADDING:
+    """How many tokens a model with this config has positions for (its text tower, where it has several), None where it
+    does not say."""
+    config = getattr(config, "text_config", config)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions > 0 and getattr(config, "model_type", None) in _POSITIONS_AFTER_PADDING:
         positions -= config.pad_token_id + 1
-    return positions or None
+    return int(positions) if positions > 0 else None
 
 
 def text_inputs(model: nn.Module, names: Sequence[str]) -> tuple[TensorSpec, ...]:

@@ -19,7 +19,9 @@ from deploy_prune.cli.main import run_command
 from deploy_prune.errors import ArtifactError, ParityError
 from deploy_prune.files import sha256_file
 from deploy_prune.release.bundle import finish
+from deploy_prune.release.gate import gate
 from deploy_prune.release.manifest import Manifest
+from deploy_prune.release.rules import Rules, RuleSet
 from deploy_prune.release.verify import verify
 
 
@@ -127,6 +129,8 @@ def test_decoders_are_timed_in_single_steps_where_a_runtime_computes_in_their_pr
     assert run_command([*rules, "--past", "13"]) == 1
     assert run_command([*rules, "--past", "0", "--allow-unmeasured", "max_p50_ms"]) == 0
     assert run_command([*rules, "--past", "0", "--seq", "63"]) == 1
+    held = gate(bundle, Rules(rules=[RuleSet(members=["s30"], sequence=64, max_p50_ms=1e6, verify=False)]))
+    assert [verdict.cell for verdict in held.verdicts] == ["ort-cpu b1 s64"]  # not the prompt to a decoder
 
 
 def test_bench_times_the_decoders_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

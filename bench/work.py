@@ -111,7 +111,6 @@ def count(events: Iterable[Mapping[str, Any]]) -> Work:
         moved += sum(BYTES.get(kind, 4) * math.prod(shape) for kind, shape in (*inputs, *outputs))
         if args["op_name"] == "MatMulNBits" and outputs:
             moved += _packed_bytes(inputs, outputs)
-        if args["op_name"] == "MatMulNBits" and outputs:
             widths = [inputs[0][1][-1], outputs[0][1][-1]]
         else:
             widths = _widths(args["op_name"], [shape for _, shape in inputs])

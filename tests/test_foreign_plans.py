@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,20 @@ def test_a_pickle_is_never_opened(tiny_bert, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match=r"not an \.npz of plain arrays"):
         read(tmp_path / "m.npz", tiny_bert)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["m.npz", "head_mask.pt"])
+def test_damaged_masks_are_refused_in_words(name, tiny_bert, tmp_path):
+    whole = tmp_path / "whole"
+    if name.endswith(".npz"):
+        np.savez(whole.with_suffix(".npz"), head_mask=np.ones((2, 3)))
+    else:
+        torch.save(torch.ones(2, 3), whole.with_suffix(".pt"))
+    data = whole.with_suffix(Path(name).suffix).read_bytes()
+    for damaged in (b"", b"hello", b"\x80\x02.", data[:60], data[:-10], data[:150] + bytes(8) + data[158:]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="not a"):
+            read(tmp_path / name, tiny_bert)
 
 
 def test_forms_refuse_what_they_cannot_say(tiny_bert, tmp_path):

@@ -3,6 +3,7 @@ arXiv 2204.09656, whose code saves `head_mask.pt` and `neuron_mask.pt`)."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ def read_masks(path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
-        except (ValueError, OSError, EOFError) as error:
-            raise ArtifactError("not an .npz of plain arrays", where=str(path), got=str(error)[:200]) from error
+        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ArtifactError(
+                "not an .npz of plain arrays",
+                where=str(path),
+                got=str(error)[:200],
+                remedy="Write it with numpy.savez; object arrays are not read.",
+            ) from error
     if path.suffix in (".pt", ".pth"):
         found = _tensors(path)
         for other in BY_LAYER:
@@ -123,17 +129,17 @@ def _by_layer(name: str, mask: np.ndarray, sites: Sequence[Site], removed: Remov
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
     """What a .pt file holds, read without running anything in it."""
-    import pickle
-
     import torch
 
     try:
         data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise  # not readable, which is no damage
+    except Exception as error:  # of a damaged file torch's reader raises whatever it stumbles on: KeyError, IndexError
         raise ArtifactError(
             "not a file of plain tensors",
             where=str(path),
-            got=str(error).strip().splitlines()[0][:200],
+            got=f"{type(error).__name__}: {error}".strip().splitlines()[0][:200],
             expected="tensors, or a dictionary of tensors",
             remedy="Pickles that hold other objects can run code and are never opened; save the masks as .npz.",
         ) from error

@@ -1,6 +1,6 @@
 """The steps that make one model of a family, as plain functions: refit, cut, export, prove, judge.
 
-Each takes what it needs and returns what it made; `run.py` strings them together and decides where the results live.
+Each takes what it needs and returns what it made; `staged.py` keeps what they make, `run.py` strings them together.
 """
 
 from __future__ import annotations

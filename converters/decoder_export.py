@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from converters.variants import Variant
+    from deploy_prune.signature import Signature
 
 GRAPH, GENAI = "model.onnx", "genai_config.json"
 TRACED = {"past_sequence": 5, "total_sequence": 16}  # beside the exporter's own 11 new tokens
@@ -67,17 +68,10 @@ def export_decoder(
     """
     from converters.genai import genai_config
 
-    slots, signature = cache_slots(model), decoding_signature(model, last_logits=last_logits)
-    about = About(stop_tokens(model), longest_text(getattr(model, "config", None)))
+    slots = cache_slots(model)
     with atomic_dir(directory) as room:
-        report = export_onnx(
-            model,
-            room / GRAPH,
-            signature,
-            opset=opset,
-            variant=variant,
-            example_sizes=TRACED,
-            metadata={**(metadata or {}), METADATA: about.to_json()},
+        report, about, signature = export_decoder_graph(
+            model, room / GRAPH, opset=opset, variant=variant, last_logits=last_logits, metadata=metadata
         )
         refused = None
         try:
@@ -88,6 +82,30 @@ def export_decoder(
             tokenizer.save_pretrained(room)
     outputs = [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in signature.outputs]
     return DecoderReport(report, slots, outputs, refused)
+
+
+def export_decoder_graph(
+    model: nn.Module,
+    file: Path,
+    *,
+    opset: int = 18,
+    variant: Variant = "plain",
+    last_logits: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[ExportReport, About, Signature]:
+    """The ONNX file of `export_decoder` alone, with what it says of the model and its signature. Raises as that."""
+    signature = decoding_signature(model, last_logits=last_logits)
+    about = About(stop_tokens(model), longest_text(getattr(model, "config", None)))
+    report = export_onnx(
+        model,
+        file,
+        signature,
+        opset=opset,
+        variant=variant,
+        example_sizes=TRACED,
+        metadata={**(metadata or {}), METADATA: about.to_json()},
+    )
+    return report, about, signature
 
 
 def stop_tokens(model: nn.Module) -> tuple[int, ...]:

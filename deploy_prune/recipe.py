@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
+from deploy_prune.budget import MEASURED
 from deploy_prune.errors import RecipeError, UnavailableError, UsageError, did_you_mean
 from deploy_prune.recipe_parts import (
     BenchPart,
@@ -85,11 +86,21 @@ class Recipe(Part):
             raise ValueError("expected `export.cache: true` with `precision.keep_decoder`")
         if self.bench.past and not self.export.cache:
             raise ValueError("expected `export.cache: true` with `bench.past`, which times decoders with a cache")
+        if self.family.budget in MEASURED:
+            self._timed_ships()
         if self.export.last_logits and not self.export.cache:
             raise ValueError("expected `export.cache: true` with `export.last_logits`, which is for decoders")
         if self.dynamic.enabled and self.recover.enabled:
             raise ValueError("expected either `dynamic.enabled` or `recover.enabled`: both train the members")
         return self
+
+    def _timed_ships(self) -> None:
+        """What a latency budget times is among what the bundle holds."""
+        timed = self.family.latency
+        if timed.past is not None and not self.export.cache:
+            raise ValueError("expected `export.cache: true` with `family.latency.past`, which times decoders")
+        if timed.precision not in ("fp32", *self.precision.also):
+            raise ValueError(f"expected `family.latency.precision: {timed.precision}` among `precision.also`")
 
     def portable(self) -> dict[str, Any]:
         """As `resolved`, with `${NAME}` left as it was written: what a bundle may say without naming this machine."""

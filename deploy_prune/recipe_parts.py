@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from deploy_prune.budget import MEASURED
 from deploy_prune.delta.options import DiffOptions
 from deploy_prune.dynamic.options import DynamicOptions
-from deploy_prune.precision_options import PrecisionOptions
+from deploy_prune.precision_options import Precision, PrecisionOptions
 from deploy_prune.recovery.options import RecoverOptions
 
 Share = Annotated[float, Field(gt=0, lt=1, strict=False, allow_inf_nan=False)]
@@ -80,7 +80,12 @@ class LatencyPart(Part):
     batch: Count = 1
     """examples per call"""
     seq: Count | None = None
-    """tokens per example; null: 128 where the model takes a sequence"""
+    """tokens per example; null: 128 where the model takes a sequence, or one new token after a past"""
+    past: Amount | None = None
+    """of the decoders with a cache (`export.cache`): tokens that it holds when they are timed; null: the graphs without
+    one are timed"""
+    precision: Literal["fp32", Precision] = "fp32"
+    """in which the models are timed, the dense one too; one of `precision.also`"""
     threads: Count | None = None
     """CPU threads; null: every core"""
     seconds: Positive = 1.0

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from deploy_prune.precision_options import Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +43,8 @@ CORRECTIONS = 2  # of the MAC target, towards equal measured latency
 @click.option("--runtime", default="ort-cpu", show_default=True)
 @click.option("--batch", type=int, default=8, show_default=True)
 @click.option("--seq", type=int)
+@click.option("--past", type=int, help="Time decoders with a cache of so many tokens.")
+@click.option("--precision", type=click.Choice(["fp32", *get_args(Precision)]), default="fp32", show_default=True)
 @click.option("--threads", type=int)
 @click.option("--align", type=int, default=8, show_default=True, help="Of both budgets.")
 @click.option("--limit", type=int, help="Rows of evaluation data.  [default: all]")
@@ -52,6 +57,8 @@ def main(
     runtime: str,
     batch: int,
     seq: int | None,
+    past: int | None,
+    precision: Any,
     threads: int | None,
     align: int,
     limit: int | None,
@@ -63,7 +70,7 @@ def main(
     from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
-    from deploy_prune.pipeline.choosing import exporter, search_of
+    from deploy_prune.pipeline.choosing import search_of, timed_graph
     from deploy_prune.pipeline.searching import find_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
@@ -71,9 +78,9 @@ def main(
     setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
     path = SolutionPath.load(file) if file else find_path(setup)
     moments = moments_of(setup)
-    place = Place(runtime, batch, seq, threads)
-    export = exporter(setup)
-    search = search_of(setup, path, moments, place, align)
+    place = Place(runtime, batch, seq, threads, past=past)
+    export = replace(timed_graph(setup), cache=past is not None, precision=precision)
+    search = search_of(setup, path, moments, place, export, align)
     plans, fits = fit_plans(
         search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=setup.progress
     )
@@ -91,6 +98,7 @@ def main(
         "quality": judged["figures"],
         "pairs": [pair(report, judged["rows"], name, plans[name], rivals[name]) for name in plans],
         "align": align,
+        "precision": precision,
         "environment": environment(),
     }
     write_json(out, result)

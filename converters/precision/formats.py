@@ -72,6 +72,21 @@ def check_steps(runtimes: Iterable[str]) -> None:
         )
 
 
+def check_timed(runtime: str, precision: str, steps: bool) -> None:
+    """Raises UsageError for a runtime that does not compute in a precision, or cannot run decoders with a cache in it
+    (`steps`)."""
+    if steps:
+        check_steps([runtime])
+    if not (steps_run if steps else runs)(runtime, precision):
+        known = [name for name in RUNS if (steps_run if steps else runs)(name, precision)]
+        raise UsageError(
+            f"{runtime} does not time {'decoders' if steps else 'models'} in {precision}",
+            expected=", ".join(known) or "another precision",
+            got=runtime,
+            remedy="Time it in another runtime or precision.",
+        )
+
+
 def check_precision_name(name: str) -> str:
     """`name` when it is a format. Raises UsageError otherwise."""
     if name not in PRECISIONS:

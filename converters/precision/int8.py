@@ -81,7 +81,7 @@ def quantize(
     kept = matching(keep, [node.name for node in model.graph.node])
     nodes = [name for name in linear if name not in kept]
     if not nodes:
-        raise no_layer(source, len(linear))
+        raise NoLayerError(source, len(linear))
     check_version("int8-dynamic" if batches is None else "int8-static")
     prepared = model.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])
     common: dict[str, Any] = {
@@ -133,10 +133,12 @@ def quantize(
     return Quantized(tuple(nodes), tuple(sorted(kept)), tables)
 
 
-def no_layer(source: Path, known: int) -> UnsupportedModelError:
-    """The error for a file without a layer to quantise, of `known` that have stored weights."""
-    got = f"{known} with stored weights, all of them kept" if known else "none with stored weights"
-    return UnsupportedModelError("no linear layer to quantise", where=str(source), got=got)
+class NoLayerError(UnsupportedModelError):
+    """A file without a layer to quantise, of `known` that have stored weights."""
+
+    def __init__(self, source: Path, known: int) -> None:
+        got = f"{known} with stored weights, all of them kept" if known else "none with stored weights"
+        super().__init__("no linear layer to quantise", where=str(source), got=got)
 
 
 def _quantizer() -> Any:

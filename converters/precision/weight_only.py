@@ -24,9 +24,9 @@ from converters.precision.int8 import (
     SCALE,
     TRANSPOSED,
     ZERO_POINT,
+    NoLayerError,
     Quantized,
     check_version,
-    no_layer,
 )
 from converters.variants import CONTRIB
 from deploy_prune.errors import UnsupportedModelError
@@ -76,7 +76,7 @@ def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[
     layers = list(_layers(graph))
     chosen = {layer.node.output[0]: layer for layer in layers if layer.node.name not in kept}
     if not chosen:
-        raise no_layer(source, len(layers))
+        raise NoLayerError(source, len(layers))
     tables = _tables(graph, kept, chosen)
     outer = _outermost(graph)
     fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)

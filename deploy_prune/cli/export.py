@@ -53,6 +53,16 @@ def _targets(command: Any) -> Any:
 @click.option(
     "--seq", type=click.IntRange(1), help="Tokens per example there, where a model takes them. [default: 128]"
 )
+@click.option(
+    "--past",
+    type=click.IntRange(0),
+    help="Time decoders there, one new token on a cache of so many; 0: a prompt of --seq tokens to them.",
+)
+@click.option(
+    "--latency-precision",
+    type=click.Choice(get_args(Precision)),
+    help="Precision that is timed there; every model is left in it too.  [default: fp32]",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads there.  [default: every physical core]")
 @click.option("--model", help="Model reference, where it is not the path's own; its weights must be the same.")
 @click.option("--data", help="Calibration data for the refit, where it is not the path's own.")
@@ -82,6 +92,8 @@ def command(
     runtime: str | None,
     batch: int | None,
     seq: int | None,
+    past: int | None,
+    latency_precision: str | None,
     threads: int | None,
     model: str | None,
     data: str | None,
@@ -108,7 +120,8 @@ def command(
 
     loaded = SolutionPath.load(path)
     family = {**_family(targets), "kinds": kinds.split(",") if kinds else None, "align": align}
-    place = {"runtime": runtime, "batch": batch, "seq": seq, "threads": threads}
+    place = {"runtime": runtime, "batch": batch, "seq": seq, "past": past, "threads": threads}
+    place |= {"precision": latency_precision}
     described = recipe_of(loaded, family) | _place(family, {k: v for k, v in place.items() if v is not None})
     described["model"] = model or learned_model(loaded, path)
     changes = [
@@ -117,7 +130,9 @@ def command(
     changes += [f"export.variant={variant}"] if variant else []
     if precision is not None and not precision.strip(" ,"):
         raise click.UsageError("--precision names no precision.")
-    changes += [f"precision.also=[{precision}]"] if precision else []
+    also = [name.strip() for name in (precision or "").split(",") if name.strip()]
+    also += [latency_precision] if latency_precision and latency_precision not in also else []
+    changes += [f"precision.also=[{','.join(also)}]"] if also else []
     changes += ["recover.enabled=true"] * recover
     changes += ["refit.enabled=false"] * no_refit + ["bench.enabled=false"] * no_bench
     recipe = recipe_from(described, [*changes, *settings], where=f"the export of {path}")
@@ -180,14 +195,16 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
 def _place(family: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
     """Where latency is measured, and the members are timed. Raises UsageError when that is said of another budget."""
     if family["budget"] in MEASURED:
-        lists = {"runtime": "runtimes", "batch": "batch", "seq": "seq"}
+        lists = {"runtime": "runtimes", "batch": "batch", "seq": "seq", "past": "past"}
         bench = {name: [place[key]] for key, name in lists.items() if key in place}
         threads = {key: place[key] for key in ("threads",) if key in place}
-        return {"family": {**family, "latency": place}, "bench": {**bench, **threads}}
+        timed = {"family": {**family, "latency": place}, "bench": {**bench, **threads}}
+        return timed | ({"export": {"cache": True}} if "past" in place else {})
     if place:
+        options = {"precision": "latency-precision"}
         raise UsageError(
-            "--runtime, --batch, --seq and --threads belong to --latency-ms and --speedup",
-            got=", ".join(f"--{name}" for name in place),
+            "--runtime, --batch, --seq, --past, --latency-precision and --threads belong to --latency-ms and --speedup",
+            got=", ".join(f"--{options.get(name, name)}" for name in place),
             remedy="What is timed afterwards: --set bench.runtimes=ort-cpu --set bench.batch=1,8",
         )
     return {}

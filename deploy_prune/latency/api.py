@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from deploy_prune.budget import Measured
+from deploy_prune.precision_options import Precision
 from deploy_prune.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -31,20 +31,22 @@ def latency_plans(
     moments: Moments | None = None,
     kinds: Sequence[str] | None = None,
     align: int = 8,
+    precision: Literal["fp32", Precision] = "fp32",
     progress: Progress = SILENT,
 ) -> list[tuple[PrunePlan, Fit]]:
     """A plan for every value, times as fast as dense or (`budget="latency"`) milliseconds, and what was measured of it.
 
-    `place` says where: `Place("ort-cpu", batch=8)`. Give `moments` where the members will be refitted: losses are then
-    those of refitted models. The table of a model and machine is kept in the user's cache. Raises BudgetError for a
-    value out of reach, with the best there is.
+    `place` says where: `Place("ort-cpu", batch=8)`; with a `past`, `Place(past=1024)`, decoders with a cache are timed,
+    in `precision` graphs of that format (int8-static with its ranges from calibration examples). Give `moments` where
+    the members will be refitted: losses are then those of refitted models. The table of a model and machine is kept in
+    the user's cache. Raises BudgetError for a value out of reach, with the best there is.
     """
-    from converters.onnx_export import export_onnx
     from deploy_prune.basis import in_basis
     from deploy_prune.cache import cache_root
     from deploy_prune.latency.candidates import Search
     from deploy_prune.latency.distance import distance_of
     from deploy_prune.latency.fitting import fit_plans
+    from deploy_prune.latency.graph import Graph
     from deploy_prune.latency.losses import loss_curve
     from deploy_prune.latency.measure import latency_table
     from deploy_prune.latency.place import Place
@@ -58,9 +60,9 @@ def latency_plans(
             return refit(model, plan, moments, basis=path.basis)
         return model if path.basis is None else in_basis(model, path.sites, path.basis)
 
-    def export(small: nn.Module, file: Path) -> Any:
-        return export_onnx(small, file, task.signature)
-
+    ranges = task.calibration(16, 128) if precision == "int8-static" else ()
+    batches = [{name: value.numpy() for name, value in batch.inputs.items()} for batch in ranges]
+    export = Graph(task.signature, cache=place.past is not None, precision=precision, batches=batches)
     table = latency_table(
         model,
         path.sites,
@@ -69,7 +71,7 @@ def latency_plans(
         export,
         kinds=chosen,
         align=align,
-        cache=cache_root() / "latency",
+        cache=cache_root() / "latency" / export.form,
         progress=progress,
     )
     loss_of = distance_of(model, path.sites, task, weights_of)

@@ -1,4 +1,4 @@
-"""Where latency counts: a runtime, its threads, a batch and a sequence size; and how to time graphs there."""
+"""Where latency counts: a runtime, its threads and the sizes of a call; and how to time graphs there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from bench.report import LatencyReport
+    from bench.timing import Cell
 
 DEFAULT_SEQUENCE = 128  # tokens per example where none are asked for
 # A median is wanted, not an interval, and of many graphs: fewer rounds than a reported figure gets, but several loads.
@@ -22,51 +21,63 @@ SESSIONS, ROUNDS = 3, 15
 @dataclass(frozen=True)
 class Place:
     """`Place("ort-cpu", batch=8, sequence=128, threads=2)`. `threads` None: every physical core; `seconds` is about
-    how long each graph is timed."""
+    how long each graph is timed. `past`: the graphs are decoders with a cache that holds so many tokens."""
 
     runtime: str = "ort-cpu"
     batch: int = 1
     sequence: int | None = None
     threads: int | None = None
     seconds: float = 1.0
+    past: int | None = None
 
     def sizes(self) -> dict[str, int]:
-        return {"batch": self.batch} | ({} if self.sequence is None else {"sequence": self.sequence})
+        given = {"batch": self.batch, "sequence": self.sequence, "past": self.past}
+        return {name: size for name, size in given.items() if size is not None}
 
     def settled(self, onnx: Path) -> Place:
-        """The same with the sequence size that a graph needs. Raises UsageError when it can take none."""
+        """The same with the sequence size that a graph needs: of a decoder that has a past, one new token. Raises
+        UsageError when it can take none."""
         from dataclasses import replace
 
         from bench.inputs import graph_inputs, has_sequence
 
         takes = has_sequence(graph_inputs(onnx))
-        place = replace(self, sequence=DEFAULT_SEQUENCE) if takes and self.sequence is None else self
-        place.inputs(onnx)
+        place = replace(self, sequence=self._usual) if takes and self.sequence is None else self
+        place.cell({"": onnx})
         return place
 
-    def inputs(self, onnx: Path, seed: int = 0) -> dict[str, np.ndarray]:
-        from bench.inputs import graph_inputs, make_inputs
+    def cell(self, files: Mapping[str, Path], seed: int = 0) -> Cell:
+        """The made-up inputs of graphs: of decoders each its own, since their caches differ."""
+        from bench.inputs import graph_inputs
+        from bench.timing import Cell
 
-        return make_inputs(graph_inputs(onnx), batch=self.batch, sequence=self.sequence, seed=seed)
+        if self.past is None:
+            return Cell.made(graph_inputs(next(iter(files.values()))), self.batch, self.sequence, seed)
+        specs = {name: graph_inputs(file) for name, file in files.items()}
+        return Cell.step(specs, self.batch, self.past, seed, sequence=self.sequence or self._usual)
+
+    @property
+    def _usual(self) -> int:
+        """New tokens where none are asked for."""
+        return 1 if self.past else DEFAULT_SEQUENCE
 
     def time(
         self, files: Mapping[str, Path], *, seed: int = 0, min_rounds: int = ROUNDS, progress: Progress = SILENT
     ) -> LatencyReport:
-        """All graphs against the first, interleaved; raises as `bench.timing.measure`."""
-        from bench.timing import measure
+        """All graphs against the first, interleaved; raises as `bench.timing.measure_cells`."""
+        from bench.timing import measure_cells
 
-        return measure(
+        return measure_cells(
             files,
-            self.inputs(next(iter(files.values())), seed),
+            [self.cell(files, seed)],
             runtime=self.runtime,
-            sizes=self.sizes(),
             seconds=self.seconds,
             sessions=SESSIONS,
             min_rounds=min_rounds,
             threads=self.threads,
             seed=seed,
             progress=progress,
-        )
+        )[0]
 
     def facts(self, onnx: Path) -> dict[str, Any]:
         """What a figure taken here depends on, as the runtime tells it of a graph; without placements, which are the

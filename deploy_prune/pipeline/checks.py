@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deploy_prune.budget import MEASURED
@@ -23,7 +24,7 @@ def check_runtimes(recipe: Recipe) -> None:
     """Raise UnavailableError when a runtime to be timed is not here, UsageError when it does not run what it is to
     time: that must not show after hours of search."""
     from bench.runtimes import get_runtime
-    from converters.precision.formats import check_steps
+    from converters.precision.formats import check_steps, check_timed
 
     check_names(recipe)
     if recipe.bench.enabled:
@@ -32,7 +33,9 @@ def check_runtimes(recipe: Recipe) -> None:
         if recipe.bench.past:
             check_steps(recipe.bench.runtimes)
     if recipe.family.budget in MEASURED:
-        get_runtime(recipe.family.latency.runtime)
+        timed = recipe.family.latency
+        get_runtime(timed.runtime)
+        check_timed(timed.runtime, timed.precision, timed.past is not None)
 
 
 def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
@@ -76,18 +79,29 @@ def check_model(recipe: Recipe, model: nn.Module) -> None:
 
     if recipe.export.last_logits:
         check_keeps(model)
-    longest, asked = longest_text(getattr(model, "config", None)), recipe.bench
-    if longest is None or not asked.enabled:
+    longest = longest_text(getattr(model, "config", None))
+    if longest is None:
         return
-    for key, tokens, new in (("past", asked.past or [], 1), ("seq", asked.seq or [], 0)):
+    for key, tokens, new in _lengths(recipe):
         if tokens and max(tokens) + new > longest:
             raise UsageError(
                 "more tokens than the model has positions for",
-                where=f"recipe key bench.{key}",
-                expected=f"at most {longest - new}{' and one new token' if new else ''}",
+                where=f"recipe key {key}",
+                expected=f"at most {longest - new}{f' and {new} new' if new else ''}",
                 got=str(max(tokens)),
                 remedy="Name fewer.",
             )
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[str, list[int], int]]:
+    """Every key of the recipe that names lengths to be timed, these, and how many new tokens come to them."""
+    asked, timed = recipe.bench, recipe.family.latency
+    if asked.enabled:
+        yield "bench.past", asked.past or [], 1
+        yield "bench.seq", asked.seq or [], 0
+    if recipe.family.budget in MEASURED:
+        yield "family.latency.past", [timed.past] if timed.past else [], timed.seq or 1
+        yield "family.latency.seq", [timed.seq] if timed.seq else [], 0
 
 
 def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:

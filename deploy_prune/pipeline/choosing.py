@@ -14,7 +14,7 @@ from deploy_prune.plan import PrunePlan
 
 if TYPE_CHECKING:
     from deploy_prune.latency.candidates import Search
-    from deploy_prune.latency.measure import Export
+    from deploy_prune.latency.graph import Graph
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import Moments
@@ -28,10 +28,13 @@ def is_measured(setup: Setup) -> bool:
 
 
 def place_of(setup: Setup) -> Place:
-    from deploy_prune.latency.place import Place
+    from deploy_prune.latency.place import DEFAULT_SEQUENCE, Place
+    from deploy_prune.tasks.tokens import longest_text
 
     how = setup.recipe.family.latency
-    return Place(how.runtime, how.batch, how.seq, how.threads, how.seconds)
+    longest = longest_text(getattr(setup.model, "config", None)) or DEFAULT_SEQUENCE
+    short = longest if longest < DEFAULT_SEQUENCE and not how.past else None
+    return Place(how.runtime, how.batch, how.seq or short, how.threads, how.seconds, how.past)
 
 
 def choose_members(
@@ -40,13 +43,13 @@ def choose_members(
     """Write the plans of all members, how they fit, the table and the losses into `directory`."""
     from deploy_prune.latency.fitting import fit_plans
 
-    family, place, export = setup.recipe.family, place_of(setup), exporter(setup)
+    family, place, graph = setup.recipe.family, place_of(setup), timed_graph(setup)
     setup.model.cpu()
-    search = search_of(setup, path, moments, place, family.alignment, family.kinds)
+    search = search_of(setup, path, moments, place, graph, family.alignment, family.kinds)
     search.table.save(directory / TABLE)
     write_json(directory / CURVE, search.curve.to_json())
     targets = dict(zip(family.member_names(), ((family.budget, value) for value in family.values), strict=True))
-    plans, fits = fit_plans(search, targets, setup.model, export, progress=setup.progress)  # type: ignore[arg-type]
+    plans, fits = fit_plans(search, targets, setup.model, graph, progress=setup.progress)  # type: ignore[arg-type]
     (directory / PLANS).mkdir()
     for name, plan in plans.items():
         plan.save(directory / PLANS / f"{name}.json")
@@ -56,12 +59,32 @@ def choose_members(
             f"dense {fit.dense:.3f}" + ("" if fit.met else "; the target is MISSED")
         )
     where = {"runtime": place.runtime, "threads": place.threads, **table_sizes(search.table.facts)}
+    where["precision"] = family.latency.precision
     write_json(directory / FITS, {name: {**where, **fit.to_json()} for name, fit in fits.items()})
 
 
-def exporter(setup: Setup) -> Export:
-    """Writes a model's ONNX file as the recipe says."""
-    return lambda model, file: making.export(setup, model, file, file.stem)
+def timed_graph(setup: Setup) -> Graph:
+    """Writes a model as the graph whose latency the recipe's budget counts."""
+    from deploy_prune.latency.graph import Graph
+
+    recipe = setup.recipe
+    export, timed, how = recipe.export, recipe.family.latency, recipe.precision
+    cache = timed.past is not None
+    return Graph(
+        setup.task.signature,
+        export.opset,
+        export.variant,  # type: ignore[arg-type]  # settled before anything is exported
+        cache,
+        cache and export.last_logits,
+        timed.precision,
+        {
+            "keep": how.keep_decoder if cache else how.keep,
+            "calibrate": how.calibrate,
+            "percentile": how.percentile,
+            "reduce_range": how.reduce_range,
+        },
+        making.calibration_of(setup) if timed.precision == "int8-static" else (),
+    )
 
 
 def search_of(
@@ -69,26 +92,27 @@ def search_of(
     path: SolutionPath,
     moments: Moments | None,
     place: Place,
+    graph: Graph,
     align: int,
     kinds: Sequence[str] | None = None,
 ) -> Search:
-    """What members are chosen from: the model's table at `place`, from the user's cache where it was measured before,
-    and what its plans along the path lose on calibration data."""
+    """What members are chosen from: the table of the model's `graph` at `place`, from the user's cache where it was
+    measured before, and what its plans along the path lose on calibration data."""
     from deploy_prune.cache import cache_root
     from deploy_prune.latency.candidates import Search
     from deploy_prune.latency.losses import loss_curve
     from deploy_prune.latency.measure import latency_table
 
-    chosen, how = path.kinds(kinds), setup.recipe.export
+    chosen = path.kinds(kinds)
     table = latency_table(
         setup.model,
         setup.sites,
         path.costs,
         place,
-        exporter(setup),
+        graph,
         kinds=chosen,
         align=align,
-        cache=cache_root() / "latency" / f"{how.variant}-{how.opset}",
+        cache=cache_root() / "latency" / graph.form,
         progress=setup.progress,
     )
     loss_of = losses_of(setup, path, moments)
@@ -102,18 +126,19 @@ def chosen_plans(directory: Path) -> dict[str, PrunePlan]:
 
 
 def table_sizes(facts: Mapping[str, Any]) -> dict[str, int]:
-    return {name: facts[name] for name in ("batch", "sequence") if name in facts}
+    return {name: facts[name] for name in ("batch", "sequence", "past") if name in facts}
 
 
 def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Callable[[PrunePlan], float]:
     """The distance of a plan's refitted model to the dense one on calibration data, nothing trained."""
-    from deploy_prune.latency.distance import distance_of
+    from deploy_prune.latency.distance import EXAMPLES, distance_of
 
     return distance_of(
         setup.model,
         setup.sites,
         setup.task,
         lambda plan: making.planned_weights(setup, plan, moments, path.basis),
+        examples=min(EXAMPLES, setup.recipe.refit.examples or EXAMPLES),
         batch_size=setup.recipe.refit.batch_size,
         seed=setup.recipe.seed,
         device=setup.device,

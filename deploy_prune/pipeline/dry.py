@@ -62,13 +62,16 @@ class Outlook:
 def dry_run(recipe: Recipe, out: Path) -> Outlook:
     """Look ahead without writing or downloading anything. Raises UsageError for unknown names and for what does not go
     together."""
-    from converters.precision.formats import check_steps
+    from converters.precision.formats import check_steps, check_timed
     from deploy_prune.sources import describe_source
 
     check_names(recipe)
     check_cache(recipe)
     if recipe.bench.enabled and recipe.bench.past:
         check_steps(recipe.bench.runtimes)
+    if recipe.family.budget in MEASURED:
+        timed = recipe.family.latency
+        check_timed(timed.runtime, timed.precision, timed.past is not None)
     fetch: list[str] = []
     missing: list[str] = []
     source = describe_source(recipe.model)
@@ -116,6 +119,8 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     if recipe.family.budget in MEASURED:
         place = recipe.family.latency
         at = f"batch {place.batch}" + (f", sequence {place.seq}" if place.seq else "")
+        at += f", decoders with {place.past} tokens in the cache" if place.past is not None else ""
+        at += f", {place.precision}" if place.precision != "fp32" else ""
         stages.append(f"latency: table of the sites on {place.runtime}, {at}; losses along the path; plans, measured")
     cut = "plan, refit, cut" if recipe.refit.enabled else "plan, cut"
     export = "export with and without a cache" if recipe.export.cache else "export"

@@ -216,6 +216,13 @@ def onnx_predictor(onnx: Path) -> Any:
     return predict
 
 
+def calibration_of(setup: Setup) -> list[dict[str, np.ndarray]]:
+    """The real inputs that files in other precisions are made with and proved on."""
+    how = setup.recipe.precision
+    batches = setup.task.calibration(how.batch_size, limit=how.examples, seed=setup.recipe.seed)
+    return [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches]
+
+
 def parity_options(setup: Setup) -> dict[str, Any]:
     how = setup.recipe.parity
     real = [batch.inputs for batch in setup.task.calibration(how.examples, limit=how.examples, seed=setup.recipe.seed)]

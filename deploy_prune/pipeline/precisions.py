@@ -90,7 +90,7 @@ def make_precision(
         twin,
         file,
         precision,
-        calibration_of(setup),
+        making.calibration_of(setup),
         made_up=_made_up(setup),
         keep=keep,
         mask=_mask(setup),
@@ -127,7 +127,7 @@ def lower_decoder(
         source,
         target,
         precision,
-        calibration_of(setup),
+        making.calibration_of(setup),
         keep=keep,
         **options_of(setup, precision),
     )
@@ -204,13 +204,6 @@ def stored_weights(twin: Path, file: Path, precision: str) -> int:
         if stored.name in names:
             total += math.prod(stored.dims) * int(helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize)
     return total
-
-
-def calibration_of(setup: Setup) -> list[dict[str, np.ndarray]]:
-    """The real inputs that files in other precisions are made with and proved on."""
-    how = setup.recipe.precision
-    batches = setup.task.calibration(how.batch_size, limit=how.examples, seed=setup.recipe.seed)
-    return [{key: value.numpy() for key, value in batch.inputs.items()} for batch in batches]
 
 
 def options_of(setup: Setup, precision: str) -> dict[str, Any]:

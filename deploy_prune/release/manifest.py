@@ -119,12 +119,15 @@ class LatencyEntry(_Part):
 class LatencyFitEntry(_Part):
     """How a member chosen by latency fits what was asked: the limit, what the table predicted (`uncorrected_ms`), that
     corrected by a first check, and what the whole graph took beside the dense model, milliseconds per call. `met`:
-    within 3 % of the limit. `corrected`: the plan was chosen a second time after a first check."""
+    within 3 % of the limit. `corrected`: the plan was chosen a second time after a first check. `past`: the graph is a
+    decoder whose cache holds so many tokens; `precision` is that of the timed graphs."""
 
     runtime: Name
     threads: Count | None
     batch: Count
     sequence: Count | None = None
+    past: Annotated[int, Field(ge=0)] | None = None
+    precision: Literal["fp32", Precision] = "fp32"
     budget: Literal["latency", "speedup"]
     value: float
     limit_ms: float

@@ -6,11 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from clockwork import by_size
 from decoders import tokenizer, written
 from safetensors.numpy import load_file, save_file
 
@@ -322,3 +326,41 @@ def test_a_decoder_that_answers_otherwise_is_found_though_its_hashes_are_right(c
 def test_a_cache_is_refused_for_a_task_that_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["-q", "run", "digits", "--set", "export.cache=true", "--out", str(tmp_path / "out")]) == 2
     assert "only decoders have a key/value cache" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)
+def test_export_at_a_speedup_of_decoding_times_the_decoders_in_the_precision_that_ships(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed: list[tuple[set[str], set[str]]] = []
+
+    def time(place: Any, files: Mapping[str, Path], **options: Any) -> Any:
+        for file in files.values():
+            graph = onnx.load(file).graph
+            timed.append(({value.name for value in graph.input}, {node.op_type for node in graph.node}))
+        return by_size(place, files, **options)
+
+    monkeypatch.setattr("deploy_prune.latency.place.Place.time", time)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "fast"
+    export = ["-q", "export", str(bundle / "path.safetensors"), "--speedup", "1.1"]
+    asked = ["--past", "12", "--latency-precision", "int8-weight-only", "--threads", "1", "--kinds", "neuron"]
+    quick = ["--set", "precision.agreement.int8-weight-only=0.5", "--set", "precision.examples=16"]
+    assert run_command([*export, *asked, *quick, "--no-bench", "-o", str(out)]) == 0
+    manifest = Manifest.load(out / "manifest.json")
+    fit = manifest.members[1].latency_fit
+    assert fit is not None and fit.met
+    assert (fit.batch, fit.past, fit.precision) == (1, 12, "int8-weight-only")
+    assert {member.precision for member in manifest.members} == {"fp32", "int8-weight-only"}
+    assert all(member.decoder for member in manifest.members)
+    inputs, nodes = timed[0]
+    assert "past_key_values.0.key" in inputs and "MatMulNBits" in nodes
+    assert run_command(["-q", "verify", str(out)]) == 0
+    capsys.readouterr()
+    for wrong, said in (
+        (["--past", "64"], "more tokens than the model has positions for"),
+        (["--past", "12", "--runtime", "torch-cpu"], "decoders with a cache are ONNX files"),
+        (["--latency-precision", "fp16"], "ort-cpu does not time models in fp16"),
+    ):
+        assert run_command([*export, *wrong, "--no-bench", "-o", str(tmp_path / "no")]) == 2
+        assert said in capsys.readouterr().err

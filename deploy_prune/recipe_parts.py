@@ -90,6 +90,10 @@ class LatencyPart(Part):
     """CPU threads; null: every core"""
     seconds: Positive = 1.0
     """about how long each graph is timed"""
+    examples: Count = 256
+    """calibration examples on which losses of plans are measured; no more than the refit has"""
+    trials: Amount = 8
+    """plans at most, of each target, whose loss is measured to weigh unit kinds against each other"""
 
 
 class FamilyPart(Part):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,27 @@ from bench.latency_table import LatencyTable, SiteTimes
 from bench.report import LatencyReport
 from deploy_prune.errors import BudgetError, UsageError
 from deploy_prune.latency import fitting
-from deploy_prune.latency.candidates import PATH, WAYS, Search, plan_within
+from deploy_prune.latency.candidates import BY_TABLE, PATH, Search, plan_within
 from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
 from deploy_prune.latency.fitting import fit_plans, limit_of
-from deploy_prune.latency.losses import LossCurve, loss_curve, non_decreasing, site_losses
+from deploy_prune.latency.losses import (
+    LossCurve,
+    Losses,
+    loss_curve,
+    measured_losses,
+    non_decreasing,
+    site_losses,
+)
 from deploy_prune.latency.measure import latency_table
 from deploy_prune.latency.place import Place
 from deploy_prune.latency.shapes import at_widths, probe, probe_plan, shapes_of
+from deploy_prune.latency.weighing import weigh
 from deploy_prune.path import SolutionPath
 from deploy_prune.plan import PrunePlan, Target
 from deploy_prune.units import UnitKind
 
 SIGNATURE = image_signature()
+EVEN = Losses({kind.value: LossCurve((0.0,), (1.0,)) for kind in UnitKind})
 ASKED = Target(budget="speedup", value=2.0, kinds=("head", "qk", "vo", "neuron"), align=8)
 
 
@@ -56,8 +67,8 @@ def a_table(path: SolutionPath, *, dense: float = 10.0, rest: float = 2.0) -> La
 
 
 def a_search(path: SolutionPath, table: LatencyTable) -> Search:
-    curve = LossCurve((0.0, 1.0), (1.0, 100.0))
-    return Search(path, table, curve, Place(), ("head", "qk", "vo", "neuron"), 8)
+    losses = Losses(dict.fromkeys(ASKED.kinds or (), LossCurve((0.0, 1.0), (1.0, 100.0))))
+    return Search(path, table, losses, Place(), ("head", "qk", "vo", "neuron"), 8)
 
 
 def some_options(seed: int, sites: int = 4) -> list[Options]:
@@ -95,7 +106,7 @@ def test_a_limit_below_the_fastest_choice_is_out_of_reach_and_one_above_the_slow
 
 
 def test_options_are_aligned_and_none_is_beaten_by_another(path: SolutionPath) -> None:
-    for own in options_of(path, a_table(path), LossCurve((0.0,), (1.0,)), kinds=None, align=8):
+    for own in options_of(path, a_table(path), EVEN, kinds=None, align=8):
         assert (np.diff(own.ms) >= 0).all() and (np.diff(own.losses) < 0).all()
         assert own.losses[-1] == 0.0 and not own.widths[0].any()  # whole and gone
         for column, kind in enumerate(own.kinds):
@@ -104,7 +115,7 @@ def test_options_are_aligned_and_none_is_beaten_by_another(path: SolutionPath) -
 
 
 def test_kinds_that_were_not_asked_for_stay_whole(path: SolutionPath) -> None:
-    for own in options_of(path, a_table(path), LossCurve((0.0,), (1.0,)), kinds=["neuron"], align=8):
+    for own in options_of(path, a_table(path), EVEN, kinds=["neuron"], align=8):
         if own.kinds[0] is UnitKind.HEAD:
             assert len(own.ms) == 1 and own.losses[0] == 0.0
 
@@ -147,26 +158,32 @@ def test_a_target_that_the_dense_model_meets_is_refused(budget: Any, value: floa
     assert limit_of("speedup", 2.0, 10.0) == 5.0
 
 
-def test_losses_along_the_path_are_given_back_for_its_own_plans(path: SolutionPath) -> None:
-    def loss(plan: PrunePlan) -> float:
-        assert plan.achieved is not None
-        return plan.achieved.sparsity**3
+@pytest.mark.parametrize("kind", ["head", "qk", "vo", "neuron"])
+def test_losses_of_a_kind_are_given_back_for_the_paths_own_plans_of_it(kind: str, path: SolutionPath) -> None:
+    dear = {"head": 1.0, "qk": 7.0, "vo": 3.0, "neuron": 0.2}
 
-    curve = loss_curve(path, loss)
-    for sparsity in (0.35, 0.5):
-        counts = path.plan(sparsity).counts(path.sites)
+    def loss(plan: PrunePlan) -> float:
+        assert plan.achieved is not None and plan.asked is not None and plan.asked.kinds is not None
+        return dear[plan.asked.kinds[0]] * plan.achieved.sparsity**3
+
+    losses = measured_losses(path, loss)
+    for sparsity in (0.4, 0.6):
+        plan = path.plan(sparsity, kinds=[kind])
+        counts = plan.counts(path.sites)
         total = 0.0
         for site in path.sites:
             kinds = [site.vanishing_kind, *(k for k in site.counts if k is not site.vanishing_kind)]
-            row = np.array([[counts[site.name][kind] for kind in kinds]])
-            total += float(site_losses(path, site, row, kinds, curve)[0])
-        assert total == pytest.approx(loss(path.plan(sparsity)), rel=0.35)
+            row = np.array([[counts[site.name][each] for each in kinds]])
+            total += float(site_losses(path, site, row, kinds, losses)[0])
+        assert total == pytest.approx(loss(plan), rel=0.5)
+    heavier = losses.weighed({kind: 2.0})
+    assert heavier.curves[kind].density == pytest.approx([2 * d for d in losses.curves[kind].density])
+    assert all(heavier.curves[other] == losses.curves[other] for other in dear if other != kind)
 
 
 def test_a_density_never_falls_and_nothing_leaves_for_free(path: SolutionPath) -> None:
-    falling = {0.1: 0.5, 0.2: 0.4, 0.35: 0.6, 0.5: 0.6, 0.7: 0.9, 0.9: 1.0}
-    made = iter(falling.values())
-    curve = loss_curve(path, lambda plan: next(made))
+    made = iter([0.5, 0.4, 0.6, 0.6])
+    curve = loss_curve(path, lambda plan: next(made), "neuron")
     assert all(a <= b for a, b in itertools.pairwise(curve.density))
     assert curve.density[0] > 0
     pooled = non_decreasing(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 2.0]))
@@ -252,16 +269,53 @@ def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clock
     assert json.loads(json.dumps(fit.to_json()))["met"] is True
 
 
-def test_the_paths_own_plan_and_the_best_of_the_others_are_measured(path: SolutionPath) -> None:
+def test_the_paths_own_plan_and_the_one_by_the_table_are_measured(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
-    found = search.candidates(ASKED, 6.0)
-    assert tuple(found) == WAYS
+    assert list(search.finalists(ASKED, 6.0)) == [BY_TABLE]  # nothing tells them apart
+    found = replace(search, loss_of=lambda plan: 1.0).finalists(ASKED, 6.0)
+    assert list(found) == [BY_TABLE, PATH]
     assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
-    for way in WAYS[:-1]:
-        picked = replace(search, loss_of=lambda plan, way=way: float(plan.keep != found[way].keep))
-        finalists = picked.finalists(ASKED, 6.0)
-        assert [plan.keep for plan in finalists.values()] == [found[way].keep, found[PATH].keep]
-    assert list(search.finalists(ASKED, 6.0)) == [WAYS[0]]  # nothing tells them apart: only the first
+    assert found[PATH].keep != found[BY_TABLE].keep
+
+
+def test_weights_come_to_the_least_loss_within_the_trials() -> None:
+    asked: list[dict[str, float]] = []
+
+    def loss(weights: Mapping[str, float]) -> float:
+        asked.append(dict(weights))
+        return abs(math.log2(weights["head"]) + 1) + abs(math.log2(weights["vo"]) - 3.5) + abs(math.log2(weights["qk"]))
+
+    kinds = ("head", "qk", "vo", "neuron")
+    found = weigh(kinds, loss, lambda: True)
+    assert found == pytest.approx({"head": 0.5, "qk": 1.0, "vo": 2**3.5, "neuron": 1.0})
+    assert all(each["neuron"] == 1.0 for each in asked)  # the others are weighed against it
+    asked.clear()
+    near = weigh(kinds, loss, lambda: len(asked) < 3)
+    assert len(asked) == 3 and near == {**dict.fromkeys(kinds, 1.0), "head": 0.5}
+    assert weigh(("neuron",), loss_of_one, lambda: True) == {"neuron": 1.0}
+
+
+def loss_of_one(weights: Mapping[str, float]) -> float:
+    assert weights == {"neuron": 1.0}
+    return 1.0
+
+
+def test_a_kind_whose_losses_are_worse_than_its_curve_says_is_spared(path: SolutionPath) -> None:
+    def lost(plan: PrunePlan) -> float:
+        return float(sum(site.units(UnitKind.VO) - len(plan.keep[site.name]["vo"]) for site in attentions))
+
+    attentions = [site for site in path.sites if UnitKind.HEAD in site.counts]
+    search = replace(a_search(path, a_table(path)), loss_of=lost)
+    before = search.within(BY_TABLE, ASKED, 6.0)
+    assert before is not None
+    way, plan = next(iter(search.finalists(ASKED, 6.0).items()))
+    assert lost(plan) < lost(before) and way.weights
+    assert search.table.plan_ms(plan.counts(path.sites)) <= 6.0
+    assert str(way).startswith("table, ") and " x" in str(way)
+    unweighed = replace(search, trials=0).finalists(ASKED, 6.0)
+    assert next(iter(unweighed)) == BY_TABLE
+    again = search.within(way, ASKED, 5.5)  # as a correction chooses anew
+    assert again is not None and search.table.plan_ms(again.counts(path.sites)) <= 5.5
 
 
 def test_milliseconds_are_kept_on_a_machine_that_has_become_slower(tiny_vit, path, clockwork, monkeypatch) -> None:
@@ -297,16 +351,15 @@ def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, pa
     monkeypatch.setattr(Search, "least", lambda self, plans: list(plans)[taken])
     search = replace(a_search(path, table), place=clockwork, loss_of=lambda plan: 0.0)
     monkeypatch.setattr(Clockwork, "drift", 1.1)
-    monkeypatch.setattr(Clockwork, "slow", "steepness")
+    monkeypatch.setattr(Clockwork, "slow", "table")
     _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     fit = fits["x"]
     assert fit.met and fit.off == pytest.approx(1, rel=0.02)
-    assert (fit.corrected, fit.chosen_by) == ((False, PATH) if taken else (True, WAYS[0]))
+    assert (fit.corrected, fit.chosen_by) == ((False, str(PATH)) if taken else (True, str(BY_TABLE)))
 
 
-def test_a_steeper_density_spares_the_last_units_more_and_rises_on_beyond_its_knots() -> None:
+def test_a_density_rises_on_beyond_its_knots() -> None:
     curve = LossCurve((0.1, 0.5), (1.0, 10.0))
-    assert curve.steeper(2.0).density == (1.0, 100.0)
     assert curve.at(np.array([0.0, 0.1, 0.5, 0.9])) == pytest.approx([1.0, 1.0, 10.0, 100.0])
 
 

@@ -92,7 +92,7 @@ def main(
         "model": setup.recipe.portable()["model"],
         "path": {"method": path.method, "options": dict(path.options)},
         "table": search.table.to_json(),
-        "losses": search.curve.to_json(),
+        "losses": search.losses.to_json(),
         "fits": {name: fit.to_json() for name, fit in fits.items()},
         "timed": report.to_json(),
         "quality": judged["figures"],
@@ -103,10 +103,11 @@ def main(
     }
     write_json(out, result)
     for row in result["pairs"]:
+        quality = {which: judged["figures"][f"{row['target']} {which}"]["value"] for which in ("latency", "macs")}
         click.echo(
             f"{row['target']:6} MACs {row['macs']['latency']:,} and {row['macs']['macs']:,}; "
-            f"time of the MAC plan over ours {row['time']['value']:.3f}; metric {row['metric']['latency']:.4f} and "
-            f"{row['metric']['macs']:.4f}; loss {row['loss']['latency']:.4f} and {row['loss']['macs']:.4f} "
+            f"time of the MAC plan over ours {row['time']['value']:.3f}; metric {quality['latency']:.4f} and "
+            f"{quality['macs']:.4f}; loss {row['loss']['latency']:.4f} and {row['loss']['macs']:.4f} "
             f"(difference {row['loss']['difference']:+.4f} [{row['loss']['low']:+.4f}, {row['loss']['high']:+.4f}])"
         )
 

@@ -32,14 +32,16 @@ def latency_plans(
     kinds: Sequence[str] | None = None,
     align: int = 8,
     precision: Literal["fp32", Precision] = "fp32",
+    trials: int = 8,
     progress: Progress = SILENT,
 ) -> list[tuple[PrunePlan, Fit]]:
     """A plan for every value, times as fast as dense or (`budget="latency"`) milliseconds, and what was measured of it.
 
     `place` says where: `Place("ort-cpu", batch=8)`; with a `past`, `Place(past=1024)`, decoders with a cache are timed,
     in `precision` graphs of that format (int8-static with its ranges from calibration examples). Give `moments` where
-    the members will be refitted: losses are then those of refitted models. The table of a model and machine is kept in
-    the user's cache. Raises BudgetError for a value out of reach, with the best there is.
+    the members will be refitted: losses are then those of refitted models. `trials` plans at most are measured for
+    each value to weigh unit kinds against each other. The table of a model and machine is kept in the user's cache.
+    Raises BudgetError for a value out of reach, with the best there is.
     """
     from deploy_prune.basis import in_basis
     from deploy_prune.cache import cache_root
@@ -47,7 +49,7 @@ def latency_plans(
     from deploy_prune.latency.distance import distance_of
     from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.graph import Graph
-    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.losses import measured_losses
     from deploy_prune.latency.measure import latency_table
     from deploy_prune.latency.place import Place
     from deploy_prune.refitting import refit
@@ -75,8 +77,8 @@ def latency_plans(
         progress=progress,
     )
     loss_of = distance_of(model, path.sites, task, weights_of)
-    curve = loss_curve(path, loss_of, kinds=kinds, progress=progress)
-    search = Search(path, table, curve, place, tuple(kind.value for kind in chosen), align, loss_of)
+    losses = measured_losses(path, loss_of, kinds=kinds, progress=progress)
+    search = Search(path, table, losses, place, tuple(kind.value for kind in chosen), align, loss_of, trials)
     asked = {repr(value): (budget, value) for value in values}
     plans, fits = fit_plans(search, asked, model, export, progress=progress)
     return [(plans[repr(value)], fits[repr(value)]) for value in values]

@@ -1,75 +1,100 @@
-"""Plans within a latency, chosen in several ways: what they lose is measured, not guessed.
+"""Plans within a latency: the path's own, and the one that a table of times and losses says is best.
 
-How much dearer the last units to leave are than the first is the weak side of losses taken along a path. So the choice
-is made with several steepnesses of the loss density, and the path's own plan at that latency stands beside them.
+How dear units of one kind are beside those of another is the weak side of losses that were measured for each alone. So
+the kinds are weighed against each other by what whole plans lose, measured, not guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.latency_table import LatencyTable
 from deploy_prune.errors import BudgetError
 from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
-from deploy_prune.latency.losses import LossCurve
+from deploy_prune.latency.losses import Losses
 from deploy_prune.latency.place import Place
+from deploy_prune.latency.weighing import weigh
 from deploy_prune.plan import PrunePlan, Target
 
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
 
-STEEPNESSES = (1.0, 2.0, 4.0)
-PATH = "path"
-WAYS = (*(f"steepness {power:g}" for power in STEEPNESSES), PATH)
+TRIALS = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a plan is chosen: in the path's own order, or from the table with the losses of unit kinds counting `weights`
+    times."""
+
+    own: bool = False
+    weights: tuple[tuple[str, float], ...] = ()
+
+    def weighed(self, weights: Mapping[str, float]) -> Way:
+        return replace(self, weights=tuple((kind, weight) for kind, weight in weights.items() if weight != 1.0))
+
+    def __str__(self) -> str:
+        if self.own:
+            return "path"
+        return ", ".join(["table", *(f"{kind} x{weight:.3g}" for kind, weight in self.weights)])
+
+
+PATH, BY_TABLE = Way(own=True), Way()
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a choice is made from. `loss_of` measures what a plan loses; without it the first way is taken."""
+    """What a choice is made from. `loss_of` measures what a plan loses; without it kinds are not weighed, and the
+    path's own plan is no finalist. `trials` are the plans that are measured at most to weigh kinds, for each target."""
 
     path: SolutionPath
     table: LatencyTable
-    curve: LossCurve
+    losses: Losses
     place: Place
     kinds: tuple[str, ...]
     align: int
     loss_of: Callable[[PrunePlan], float] | None = None
+    trials: int = TRIALS
     _known: list[tuple[Any, float]] = field(default_factory=list, init=False, compare=False, repr=False)
 
-    def options(self, steepness: float = 1.0) -> list[Options]:
-        curve = self.curve.steeper(steepness)
-        return options_of(self.path, self.table, curve, kinds=self.kinds, align=self.align)
+    def options(self, way: Way = BY_TABLE) -> list[Options]:
+        losses = self.losses.weighed(dict(way.weights))
+        return options_of(self.path, self.table, losses, kinds=self.kinds, align=self.align)
 
-    def within(self, way: str, asked: Target, limit_ms: float) -> PrunePlan | None:
-        """The plan chosen in one of `WAYS` that the table says takes at most `limit_ms`; None when there is none."""
-        if way == PATH:
+    def within(self, way: Way, asked: Target, limit_ms: float) -> PrunePlan | None:
+        """The plan chosen in one way that the table says takes at most `limit_ms`; None when there is none."""
+        if way.own:
             return path_plan_within(self, asked, limit_ms)
         try:
-            return plan_within(self, self.options(STEEPNESSES[WAYS.index(way)]), asked, limit_ms)
+            return plan_within(self, self.options(way), asked, limit_ms)
         except BudgetError:
             return None
 
-    def candidates(self, asked: Target, limit_ms: float) -> dict[str, PrunePlan]:
-        """Plans within a limit by the table, by how they were chosen. Raises BudgetError when there is none."""
-        first = plan_within(self, self.options(STEEPNESSES[0]), asked, limit_ms)
-        plans = {way: self.within(way, asked, limit_ms) for way in WAYS[1:]}
-        return {WAYS[0]: first, **{way: plan for way, plan in plans.items() if plan is not None}}
-
-    def finalists(self, asked: Target, limit_ms: float) -> dict[str, PrunePlan]:
-        """The path's own plan and the one that loses least of the others: the table may be off by more for the one
-        than for the other, so that both are measured. Raises BudgetError when no plan is within the limit."""
+    def finalists(self, asked: Target, limit_ms: float) -> dict[Way, PrunePlan]:
+        """The plan by the table, unit kinds weighed, and the path's own: the table may be off by more for the one than
+        for the other, so that both are measured. Raises BudgetError when no plan is within the limit."""
+        plan = plan_within(self, self.options(), asked, limit_ms)
         if self.loss_of is None:
-            return {WAYS[0]: plan_within(self, self.options(STEEPNESSES[0]), asked, limit_ms)}
-        found = self.candidates(asked, limit_ms)
-        own = found.pop(PATH, None)
-        way = self.least(found)
-        return {way: found[way]} if own is None or own.keep == found[way].keep else {way: found[way], PATH: own}
+            return {BY_TABLE: plan}
+        way, own = self._weighed(asked, limit_ms), self.within(PATH, asked, limit_ms)
+        plan = self.within(way, asked, limit_ms) or plan
+        return {way: plan} if own is None or own.keep == plan.keep else {way: plan, PATH: own}
 
-    def least(self, plans: Mapping[str, PrunePlan]) -> str:
+    def least(self, plans: Mapping[Way, PrunePlan]) -> Way:
         """The way whose plan loses least by `loss_of`; of a single one it is not asked."""
         return min(plans, key=lambda way: self._lost(plans[way])) if len(plans) > 1 else next(iter(plans))
+
+    def _weighed(self, asked: Target, limit_ms: float) -> Way:
+        """The choice by the table whose plan loses least of those tried."""
+        enough = len(self._known) + 1 + self.trials  # the first of them is that of even weights
+
+        def lost(weights: Mapping[str, float]) -> float:
+            plan = self.within(BY_TABLE.weighed(weights), asked, limit_ms)
+            return float("inf") if plan is None else self._lost(plan)
+
+        return BY_TABLE.weighed(weigh(self.kinds, lost, lambda: len(self._known) < enough))
 
     def _lost(self, plan: PrunePlan) -> float:
         assert self.loss_of is not None

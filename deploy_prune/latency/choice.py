@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.latency_table import LatencyTable
-from deploy_prune.latency.losses import LossCurve, site_losses
+from deploy_prune.latency.losses import Losses, site_losses
 from deploy_prune.latency.shapes import aligned_step
 from deploy_prune.units import Site, UnitKind
 
@@ -45,10 +45,10 @@ class Options:
 
 
 def options_of(
-    path: SolutionPath, table: LatencyTable, curve: LossCurve, *, kinds: Sequence[str] | None, align: int
+    path: SolutionPath, table: LatencyTable, losses: Losses, *, kinds: Sequence[str] | None, align: int
 ) -> list[Options]:
     """The options of every site: all aligned widths of the given kinds, whole or gone included."""
-    return [_site_options(path, site, table, curve, kinds, align) for site in path.sites]
+    return [_site_options(path, site, table, losses, kinds, align) for site in path.sites]
 
 
 def choose(options: Sequence[Options], limit_ms: float) -> list[int] | None:
@@ -95,7 +95,7 @@ def _site_options(
     path: SolutionPath,
     site: Site,
     table: LatencyTable,
-    curve: LossCurve,
+    losses: Losses,
     asked: Sequence[str] | None,
     align: int,
 ) -> Options:
@@ -106,9 +106,9 @@ def _site_options(
         rows.append([0] * len(kinds))
     widths = np.array(rows, np.int64)
     ms = np.array([table.site_ms(site.name, dict(zip(kinds, row, strict=True))) for row in rows])
-    losses = site_losses(path, site, widths, kinds, curve)
-    keep = _unbeaten(ms, losses)
-    return Options(site.name, kinds, widths[keep], ms[keep], losses[keep])
+    lost = site_losses(path, site, widths, kinds, losses)
+    keep = _unbeaten(ms, lost)
+    return Options(site.name, kinds, widths[keep], ms[keep], lost[keep])
 
 
 def _widths(site: Site, kind: UnitKind, align: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deploy_prune.budget import Measured
 from deploy_prune.errors import BudgetError, UsageError
 from deploy_prune.files import scratch_directory
-from deploy_prune.latency.candidates import Search, plan_within
+from deploy_prune.latency.candidates import Search, Way, plan_within
 from deploy_prune.latency.measure import Export
 from deploy_prune.plan import PrunePlan, Target
 from deploy_prune.progress import SILENT, Progress
@@ -85,7 +85,7 @@ class Entry(NamedTuple):
     """One way to meet the target of a member."""
 
     name: str
-    way: str
+    way: Way
 
     def __str__(self) -> str:
         return f"{self.name}: {self.way}"
@@ -142,11 +142,11 @@ def fit_plans(
             fits |= {entry: replace(fit, corrected=True) for entry, fit in later.items()}
     return (
         {entry.name: plan for entry, plan in plans.items()},
-        {entry.name: replace(fits[entry], chosen_by=entry.way) for entry in plans},
+        {entry.name: replace(fits[entry], chosen_by=str(entry.way)) for entry in plans},
     )
 
 
-def _moved(search: Search, asked: Target, way: str, plan: PrunePlan, fit: Fit) -> PrunePlan | None:
+def _moved(search: Search, asked: Target, way: Way, plan: PrunePlan, fit: Fit) -> PrunePlan | None:
     """The plan chosen in the same way within what the table must say of it to be measured within the limit. None when
     there is none and `plan` missed its limit."""
     wanted = _wanted(search, fit)
@@ -162,7 +162,7 @@ def _wanted(search: Search, fit: Fit) -> float:
     return min(fit.limit / fit.off * dense / fit.dense, dense)
 
 
-def _missed(search: Search, asked: Target, fits: Mapping[str, Fit]) -> BudgetError:
+def _missed(search: Search, asked: Target, fits: Mapping[Way, Fit]) -> BudgetError:
     """What `plan_within` says of a target out of reach, with what was measured."""
     fit = next(iter(fits.values()))
     try:

@@ -1,14 +1,16 @@
 """What it costs in quality that a site gets narrower: the path's order, and losses measured along the path.
 
-A path says in which order units leave, not what their leaving costs. Units of equal score are equally dispensable per
-parameter (that is how scores are made), so one function of the score is enough: the loss density ρ(s). With ℓ_j the
-measured loss of the path's plan j, and m_j the parameters of the slots that plan j cuts and plan j−1 keeps,
+A path says in which order units leave, not what their leaving costs. Units of one kind and equal score are equally
+dispensable per parameter (that is how scores are made), so one function of the score is enough for a kind: the loss
+density ρ_k(s). With ℓ_j the measured loss of the path's plan j that cuts units of kind k alone, and m_j the parameters
+of the slots that plan j cuts and plan j−1 keeps,
 
     ρ_j = (ℓ_j − ℓ_{j−1}) / m_j,    made non-decreasing (least squares, weights m_j),
 
 set at the middle of the scores between the two plans and interpolated geometrically. A site that keeps h of H heads
 and cuts slots R then costs  Σ_{heads in R} ρ p + (h/H) Σ_{qk, vo in R} ρ p,  p the parameters of a slot; neurons as
-heads.
+heads. (One density for all kinds was measured first: it said of narrow values that they lose 0.4 times what they do, of
+few neurons 1.4 times; bench/notes.md.)
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
 
-SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # where the loss of the path is measured
+SPARSITIES = (0.1, 0.3, 0.5, 0.75)  # of the units of a kind: where its loss is measured
 _LEAST = 1e-6  # of the largest density: nothing leaves for free
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """ρ: `density` (per parameter) at rising `scores`. `measured` holds (sparsity, loss) of plans it is made from."""
+    """ρ of one kind: `density` (per parameter) at rising `scores`. `measured` holds (sparsity, loss) of its plans."""
 
     scores: tuple[float, ...]
     density: tuple[float, ...]
@@ -52,9 +54,8 @@ class LossCurve:
         beyond = np.maximum(0.0, scores - self.scores[-1])
         return np.asarray(np.exp(np.interp(scores, self.scores, log) + slope * beyond))
 
-    def steeper(self, power: float) -> LossCurve:
-        """ρ to a power, equal where it was least: the higher, the nearer is a choice to the path's own order."""
-        return replace(self, density=tuple(self.density[0] * (d / self.density[0]) ** power for d in self.density))
+    def times(self, weight: float) -> LossCurve:
+        return replace(self, density=tuple(weight * d for d in self.density))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -64,21 +65,60 @@ class LossCurve:
         }
 
 
-def loss_curve(
+@dataclass(frozen=True)
+class Losses:
+    """ρ of every kind, by its name."""
+
+    curves: Mapping[str, LossCurve]
+
+    def weighed(self, weights: Mapping[str, float]) -> Losses:
+        """The losses of a kind count `weights` times, 1 where it names none."""
+        return Losses({kind: curve.times(weights.get(kind, 1.0)) for kind, curve in self.curves.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {kind: curve.to_json() for kind, curve in self.curves.items()}
+
+
+def measured_losses(
     path: SolutionPath,
     loss_of: Callable[[PrunePlan], float],
     *,
     kinds: Sequence[str] | None = None,
+    progress: Progress = SILENT,
+) -> Losses:
+    """The losses of every kind alone, by `loss_of` (0 for the dense model). Raises BudgetError when no plan of any kind
+    reaches a sparsity; a single such kind counts as dear as the dearest."""
+    asked = path.kinds(kinds)
+    found: dict[str, LossCurve] = {}
+    failed: BudgetError | None = None
+    for kind in asked:
+        try:
+            found[kind.value] = loss_curve(path, loss_of, kind.value, progress=progress)
+        except BudgetError as error:
+            failed = error
+    if not found:
+        assert failed is not None
+        raise failed
+    dearest = max(curve.density[-1] for curve in found.values())
+    return Losses({kind.value: found.get(kind.value, LossCurve((0.0,), (dearest,))) for kind in asked})
+
+
+def loss_curve(
+    path: SolutionPath,
+    loss_of: Callable[[PrunePlan], float],
+    kind: str,
+    *,
     sparsities: Sequence[float] = SPARSITIES,
     progress: Progress = SILENT,
 ) -> LossCurve:
-    """Measure `loss_of` (0 for the dense model) at plans along the path. Raises BudgetError when it reaches none."""
+    """Measure `loss_of` at plans along the path that cut units of one kind alone. Raises BudgetError when the path
+    reaches none."""
     measured: list[tuple[float, float, float, float]] = [(0.0, 0.0, 0.0, 0.0)]  # sparsity, threshold, mass, loss
-    progress.start(len(sparsities), "losses along the path")
+    progress.start(len(sparsities), f"losses along the path, {kind}")
     try:
         for sparsity in sparsities:
             try:
-                plan = path.plan(sparsity, kinds=kinds)
+                plan = path.plan(sparsity, kinds=[kind])
             except BudgetError:
                 break
             counts = plan.counts(path.sites)
@@ -87,7 +127,7 @@ def loss_curve(
     finally:
         progress.finish()
     if len(measured) == 1:
-        raise BudgetError("no plan of this path reaches any sparsity", expected=f"{sparsities[0]:g}")
+        raise BudgetError(f"no plan of this path reaches any sparsity of {kind} units", expected=f"{sparsities[0]:g}")
     steps = [
         ((a[1] + b[1]) / 2, (b[3] - a[3]) / (b[2] - a[2]), b[2] - a[2]) for a, b in pairwise(measured) if b[2] > a[2]
     ]
@@ -101,20 +141,21 @@ def loss_curve(
     )
 
 
-def slot_losses(path: SolutionPath, site: Site, kind: UnitKind, curve: LossCurve) -> NDArray[np.float64]:
-    """ρ p of the slots of one kind, first to leave first: (counts,)."""
+def slot_losses(path: SolutionPath, site: Site, kind: UnitKind, losses: Losses) -> NDArray[np.float64]:
+    """ρ p of the slots of one kind, first to leave first: (counts,). A kind without a curve stays whole."""
     scores = np.sort(path.scores[unit_key(site.name, kind)])[:: site.lanes(kind)]
-    return curve.at(scores) * path.costs.unit_params(site, kind)
+    curve = losses.curves.get(kind.value)
+    return np.zeros(len(scores)) if curve is None else curve.at(scores) * path.costs.unit_params(site, kind)
 
 
 def site_losses(
-    path: SolutionPath, site: Site, widths: NDArray[np.int64], kinds: Sequence[UnitKind], curve: LossCurve
+    path: SolutionPath, site: Site, widths: NDArray[np.int64], kinds: Sequence[UnitKind], losses: Losses
 ) -> NDArray[np.float64]:
     """Loss of every row of `widths` (options, kinds), units kept per kind; the first kind is the vanishing one."""
     total = np.zeros(len(widths))
     share = widths[:, 0] / site.counts[kinds[0]]
     for column, kind in enumerate(kinds):
-        gone = np.concatenate([[0.0], np.cumsum(slot_losses(path, site, kind, curve))])
+        gone = np.concatenate([[0.0], np.cumsum(slot_losses(path, site, kind, losses))])
         total += (share if kind in PER_HEAD else 1.0) * gone[site.counts[kind] - widths[:, column]]
     return total
 
@@ -143,7 +184,7 @@ def _threshold(path: SolutionPath, counts: Counts) -> float:
 
 def _mass(path: SolutionPath, counts: Mapping[str, Mapping[UnitKind, int]]) -> float:
     """Parameters of the slots that are cut: the loss under a density of 1."""
-    even = LossCurve((0.0,), (1.0,))
+    even = Losses({kind.value: LossCurve((0.0,), (1.0,)) for kind in UnitKind})
     total = 0.0
     for site in path.sites:
         kinds = [site.vanishing_kind, *(kind for kind in site.counts if kind is not site.vanishing_kind)]

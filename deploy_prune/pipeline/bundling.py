@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_prune.errors import ArtifactError
 from deploy_prune.files import read_json
-from deploy_prune.pipeline.choosing import CURVE, FITS, TABLE
+from deploy_prune.pipeline.choosing import FITS, LOSSES, TABLE
 from deploy_prune.pipeline.decoders import place_decoder
 from deploy_prune.pipeline.dynamics import APART, HISTORY
 from deploy_prune.pipeline.learning import DELTA, LEARNED
@@ -186,7 +186,7 @@ def _place_choice(bundle: Path, chosen: Stage | None) -> dict[str, Any]:
     """Put the latency table and the losses into the bundle; returns every member's fit."""
     if chosen is None:
         return {}
-    for file in (TABLE, CURVE):
+    for file in (TABLE, LOSSES):
         _link(bundle, f"bench/latency-{file}", chosen.directory / file)
     fits: dict[str, Any] = read_json(chosen.directory / FITS)
     return fits

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.refitting import Moments
 
-TABLE, CURVE, FITS, PLANS = "table.json", "losses.json", "fits.json", "plans"
+TABLE, LOSSES, FITS, PLANS = "table.json", "losses.json", "fits.json", "plans"
 
 
 def is_measured(setup: Setup) -> bool:
@@ -47,7 +47,7 @@ def choose_members(
     setup.model.cpu()
     search = search_of(setup, path, moments, place, graph, family.alignment, family.kinds)
     search.table.save(directory / TABLE)
-    write_json(directory / CURVE, search.curve.to_json())
+    write_json(directory / LOSSES, search.losses.to_json())
     targets = dict(zip(family.member_names(), ((family.budget, value) for value in family.values), strict=True))
     plans, fits = fit_plans(search, targets, setup.model, graph, progress=setup.progress)  # type: ignore[arg-type]
     (directory / PLANS).mkdir()
@@ -100,7 +100,7 @@ def search_of(
     measured before, and what its plans along the path lose on calibration data."""
     from deploy_prune.cache import cache_root
     from deploy_prune.latency.candidates import Search
-    from deploy_prune.latency.losses import loss_curve
+    from deploy_prune.latency.losses import measured_losses
     from deploy_prune.latency.measure import latency_table
 
     chosen = path.kinds(kinds)
@@ -116,8 +116,9 @@ def search_of(
         progress=setup.progress,
     )
     loss_of = losses_of(setup, path, moments)
-    curve = loss_curve(path, loss_of, kinds=kinds, progress=setup.progress)
-    return Search(path, table, curve, place, tuple(kind.value for kind in chosen), align, loss_of)
+    losses = measured_losses(path, loss_of, kinds=kinds, progress=setup.progress)
+    trials = setup.recipe.family.latency.trials
+    return Search(path, table, losses, place, tuple(kind.value for kind in chosen), align, loss_of, trials)
 
 
 def chosen_plans(directory: Path) -> dict[str, PrunePlan]:
@@ -131,14 +132,15 @@ def table_sizes(facts: Mapping[str, Any]) -> dict[str, int]:
 
 def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Callable[[PrunePlan], float]:
     """The distance of a plan's refitted model to the dense one on calibration data, nothing trained."""
-    from deploy_prune.latency.distance import EXAMPLES, distance_of
+    from deploy_prune.latency.distance import distance_of
 
+    timed = setup.recipe.family.latency
     return distance_of(
         setup.model,
         setup.sites,
         setup.task,
         lambda plan: making.planned_weights(setup, plan, moments, path.basis),
-        examples=min(EXAMPLES, setup.recipe.refit.examples or EXAMPLES),
+        examples=min(timed.examples, setup.recipe.refit.examples or timed.examples),
         batch_size=setup.recipe.refit.batch_size,
         seed=setup.recipe.seed,
         device=setup.device,

@@ -28,6 +28,7 @@ _WHERE = {
     "find_sites": "deploy_prune.adapters",
     # what is decided
     "search": "deploy_prune.methods",
+    "calibrate_path": "deploy_prune.calibrating",
     "SolutionPath": "deploy_prune.path",
     "PrunePlan": "deploy_prune.plan",
     "uniform_plan": "deploy_prune.uniform",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from converters.stock import save_stock
     from converters.surgery import compact
     from deploy_prune.adapters import find_sites
+    from deploy_prune.calibrating import calibrate_path
     from deploy_prune.data import load_data
     from deploy_prune.delta import TaskDelta, diff
     from deploy_prune.dynamic.trained import train_dynamic

@@ -55,6 +55,11 @@ class SearchPart(Part):
     """sparsities at which what is left is judged again; null: the method's own"""
     options: dict[str, Any] = {}
     """of the method"""
+    calibrate: bool = False
+    """order the units of all kinds by losses that are measured for each kind after the search"""
+    loss_examples: Count = 256
+    """calibration examples on which losses of plans are measured, for `calibrate` and budgets of latency; no more than
+    the refit has"""
 
 
 class ComputePart(Part):
@@ -90,8 +95,6 @@ class LatencyPart(Part):
     """CPU threads; null: every core"""
     seconds: Positive = 1.0
     """about how long each graph is timed"""
-    examples: Count = 256
-    """calibration examples on which losses of plans are measured; no more than the refit has"""
     trials: Amount = 8
     """plans at most, of each target, whose loss is measured to weigh unit kinds against each other"""
 

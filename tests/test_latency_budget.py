@@ -19,11 +19,7 @@ from torch import nn
 from bench.latency_table import LatencyTable, SiteTimes
 from bench.report import LatencyReport
 from deploy_prune.errors import BudgetError, UsageError
-from deploy_prune.latency import fitting
-from deploy_prune.latency.candidates import BY_TABLE, PATH, Search, plan_within
-from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
-from deploy_prune.latency.fitting import fit_plans, limit_of
-from deploy_prune.latency.losses import (
+from deploy_prune.kind_losses import (
     LossCurve,
     Losses,
     loss_curve,
@@ -31,6 +27,10 @@ from deploy_prune.latency.losses import (
     non_decreasing,
     site_losses,
 )
+from deploy_prune.latency import fitting
+from deploy_prune.latency.candidates import BY_TABLE, PATH, Search, plan_within
+from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
+from deploy_prune.latency.fitting import fit_plans, limit_of
 from deploy_prune.latency.measure import latency_table
 from deploy_prune.latency.place import Place
 from deploy_prune.latency.shapes import at_widths, probe, probe_plan, shapes_of

@@ -21,7 +21,7 @@ from deploy_prune.precision_options import Precision
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import nn
 
     from bench.latency_table import LatencyTable
     from bench.report import LatencyReport
@@ -65,6 +65,7 @@ def main(
     out: Path,
 ) -> None:
     from bench.environment import environment
+    from bench.studies.judging import judge_all
     from deploy_prune.cli import console
     from deploy_prune.files import write_json
     from deploy_prune.latency.fitting import fit_plans
@@ -164,47 +165,6 @@ def mac_plan(path: SolutionPath, table: LatencyTable, ms: float, align: int) -> 
     return path.plan(budget="macs", value=low, align=align)
 
 
-def judge_all(
-    setup: Setup, path: SolutionPath, moments: Any, plans: Mapping[str, PrunePlan], limit: int | None
-) -> dict[str, Any]:
-    """Metric, loss and distance to dense of every refitted plan on the evaluation data, and their values per row."""
-    import numpy as np
-    import torch
-
-    from converters.surgery import compact
-    from deploy_prune.pipeline import making
-
-    task = setup.task
-    batches = list(task.evaluation(16, limit))
-
-    def outputs(model: nn.Module) -> list[Tensor]:
-        with torch.no_grad():
-            return [task.signature.call(model.eval(), batch.inputs).float() for batch in batches]
-
-    dense = outputs(setup.model)
-    figures: dict[str, Any] = {}
-    rows: dict[str, dict[str, np.ndarray]] = {}
-    for name, plan in {"dense": None, **plans}.items():
-        found = dense
-        if plan is not None:
-            weights = making.planned_weights(setup, plan, moments, path.basis)
-            found = outputs(compact(weights, plan, inplace=True, check_weights=False))
-        replay = iter(found)
-        quality = task.evaluate(lambda _, replay=replay: next(replay), batches=batches)  # type: ignore[misc]
-        rows[name] = {
-            "metric": np.asarray(quality.per_example, np.float64),
-            "loss": _rows(task.loss(o, b) for o, b in zip(found, batches, strict=True)),
-            "distance": _rows(task.distance(o, d, b) for o, d, b in zip(found, dense, batches, strict=True)),
-        }
-        figures[name] = {
-            **quality.to_json(),
-            "loss": float(rows[name]["loss"].mean()),
-            "distance": float(rows[name]["distance"].mean()),
-        }
-        click.echo(f"{name}: {quality.metric} {quality.value:.4f}, loss {figures[name]['loss']:.4f}", err=True)
-    return {"figures": figures, "rows": rows}
-
-
 def pair(
     report: LatencyReport,
     rows: Mapping[str, Mapping[str, np.ndarray]],
@@ -216,6 +176,7 @@ def pair(
     from dataclasses import asdict
 
     from bench.stats import ratio_of_medians
+    from bench.studies.judging import difference
 
     assert ours.achieved is not None and rival.achieved is not None
     samples = report.samples
@@ -230,33 +191,8 @@ def pair(
         "params": {which: plan.params for which, plan in plans.items()},
     }
     for figure in ("metric", "loss", "distance"):
-        found[figure] = _difference(rows[a][figure], rows[b][figure])
+        found[figure] = difference(rows[a][figure], rows[b][figure], ("latency", "macs"))
     return found
-
-
-def _difference(ours: np.ndarray, rival: np.ndarray) -> dict[str, float]:
-    """Means, their difference and its 95 % interval, a bootstrap over rows."""
-    import numpy as np
-
-    if ours.ndim > 1:
-        return {}
-    each = ours - rival
-    generator = np.random.default_rng(0)
-    means = each[generator.integers(0, len(each), (2000, len(each)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "latency": float(ours.mean()),
-        "macs": float(rival.mean()),
-        "difference": float(each.mean()),
-        "low": float(low),
-        "high": float(high),
-    }
-
-
-def _rows(parts: Any) -> np.ndarray:
-    import torch
-
-    return torch.cat([part.detach().flatten() for part in parts]).double().numpy()
 
 
 if __name__ == "__main__":

@@ -168,9 +168,11 @@ def learned_model(path: SolutionPath, file: Path) -> str:
 
 def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     """The recipe that a path remembers, with another family. Raises UsageError when it remembers no task."""
+    from deploy_prune.kind_losses import CALIBRATED
+
     options = dict(path.options)
     task = options.pop("task", None)
-    for noted in ("found", "delta"):
+    for noted in ("found", "delta", CALIBRATED):
         options.pop(noted, None)
     if task is None:
         raise UsageError(

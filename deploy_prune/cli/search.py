@@ -42,6 +42,9 @@ SEARCHES = (
 @click.option(
     "--basis", type=click.Choice(["own", "principal"]), help="What a head's dimensions are.  [default: the method's]"
 )
+@click.option(
+    "--calibrate", is_flag=True, help="Order the units of all kinds by losses measured for each kind after the search."
+)
 @click.option("--micro-batch", type=click.IntRange(1), help="Examples at once.  [default: a whole batch]")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again on the way back.")
 @click.option("--shard", is_flag=True, help="Spread the weights over the processes (FSDP).")
@@ -75,7 +78,8 @@ def command(
     """
     from deploy_prune.cli.inspect import describe_path
     from deploy_prune.path import SolutionPath
-    from deploy_prune.pipeline.searching import find_path
+    from deploy_prune.pipeline.losses import calibrated
+    from deploy_prune.pipeline.searching import find_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe import recipe_from
@@ -84,7 +88,7 @@ def command(
 
     distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
-    device, seed = how.pop("device"), how.pop("seed")
+    device, seed, calibrate = how.pop("device"), how.pop("seed"), how.pop("calibrate")
     compute = {name: how.pop(name) for name in ComputePart.model_fields}
     recipe = recipe_from(
         {
@@ -107,7 +111,7 @@ def command(
     setup = prepare(recipe, console.progress())
     with file_workspace(output, mode or "new") as saved:
         path = find_path(setup, saved)
-        distributed.from_main(lambda: path.save(output))
+        distributed.from_main(lambda: (calibrated(setup, path, moments_of(setup)) if calibrate else path).save(output))
     if not distributed.is_main():
         return
     report = describe_path(str(output))

@@ -45,11 +45,11 @@ def latency_plans(
     """
     from deploy_prune.basis import in_basis
     from deploy_prune.cache import cache_root
+    from deploy_prune.distance import distance_of
+    from deploy_prune.kind_losses import measured_losses
     from deploy_prune.latency.candidates import Search
-    from deploy_prune.latency.distance import distance_of
     from deploy_prune.latency.fitting import fit_plans
     from deploy_prune.latency.graph import Graph
-    from deploy_prune.latency.losses import measured_losses
     from deploy_prune.latency.measure import latency_table
     from deploy_prune.latency.place import Place
     from deploy_prune.refitting import refit

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.latency_table import LatencyTable
 from deploy_prune.errors import BudgetError
+from deploy_prune.kind_losses import Losses
 from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
-from deploy_prune.latency.losses import Losses
 from deploy_prune.latency.place import Place
 from deploy_prune.latency.weighing import weigh
 from deploy_prune.plan import PrunePlan, Target

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.latency_table import LatencyTable
-from deploy_prune.latency.losses import Losses, site_losses
+from deploy_prune.kind_losses import Losses, site_losses
 from deploy_prune.latency.shapes import aligned_step
 from deploy_prune.units import Site, UnitKind
 

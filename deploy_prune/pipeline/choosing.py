@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.budget import MEASURED
 from deploy_prune.files import read_json, write_json
 from deploy_prune.pipeline import making
+from deploy_prune.pipeline.losses import losses_of
 from deploy_prune.pipeline.setup import Setup
 from deploy_prune.plan import PrunePlan
 
@@ -99,8 +100,8 @@ def search_of(
     """What members are chosen from: the table of the model's `graph` at `place`, from the user's cache where it was
     measured before, and what its plans along the path lose on calibration data."""
     from deploy_prune.cache import cache_root
+    from deploy_prune.kind_losses import measured_losses
     from deploy_prune.latency.candidates import Search
-    from deploy_prune.latency.losses import measured_losses
     from deploy_prune.latency.measure import latency_table
 
     chosen = path.kinds(kinds)
@@ -128,20 +129,3 @@ def chosen_plans(directory: Path) -> dict[str, PrunePlan]:
 
 def table_sizes(facts: Mapping[str, Any]) -> dict[str, int]:
     return {name: facts[name] for name in ("batch", "sequence", "past") if name in facts}
-
-
-def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Callable[[PrunePlan], float]:
-    """The distance of a plan's refitted model to the dense one on calibration data, nothing trained."""
-    from deploy_prune.latency.distance import distance_of
-
-    timed = setup.recipe.family.latency
-    return distance_of(
-        setup.model,
-        setup.sites,
-        setup.task,
-        lambda plan: making.planned_weights(setup, plan, moments, path.basis),
-        examples=min(timed.examples, setup.recipe.refit.examples or timed.examples),
-        batch_size=setup.recipe.refit.batch_size,
-        seed=setup.recipe.seed,
-        device=setup.device,
-    )

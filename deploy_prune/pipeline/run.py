@@ -18,6 +18,7 @@ from deploy_prune.pipeline.precisions import precision_stages
 from deploy_prune.pipeline.setup import Setup, prepare
 from deploy_prune.pipeline.staged import (
     bench_stage,
+    calibrate_stage,
     choosing_stage,
     dense_stage,
     member_stages,
@@ -75,6 +76,8 @@ def run_recipe(
         setup, formed = variant_stage(workspace, setup)
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
+        if recipe.search.calibrate and path is None:
+            searched = calibrate_stage(workspace, setup, searched, moments)
         dense = dense_stage(workspace, setup)
         chosen = choosing_stage(workspace, setup, searched, moments)
         members = member_stages(workspace, setup, searched, moments, dense, chosen)

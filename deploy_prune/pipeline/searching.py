@@ -62,7 +62,12 @@ def compute_of(setup: Setup) -> Compute:
 
 def search_fingerprint(setup: Setup) -> str:
     """What tells one search from any other: all that its path depends on, but for rounding."""
-    return fingerprint({**setup.identity, "search": setup.recipe.search.model_dump(mode="json")})
+    return fingerprint({**setup.identity, "search": searched_by(setup)})
+
+
+def searched_by(setup: Setup) -> dict[str, Any]:
+    """The recipe's words on the search itself, without what is done to its path afterwards."""
+    return setup.recipe.search.model_dump(mode="json", exclude={"calibrate", "loss_examples"})
 
 
 def moments_of(setup: Setup) -> Moments:

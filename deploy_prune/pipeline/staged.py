@@ -14,8 +14,9 @@ from deploy_prune.pipeline.bundling import FACTS, MOMENTS, PATH
 from deploy_prune.pipeline.checks import checked_plans
 from deploy_prune.pipeline.decoders import DECODER
 from deploy_prune.pipeline.dynamics import dynamic_member, take_extras
+from deploy_prune.pipeline.losses import calibrated
 from deploy_prune.pipeline.recovering import WEIGHTS, Seed, recover_member
-from deploy_prune.pipeline.searching import find_path, moments_to
+from deploy_prune.pipeline.searching import find_path, moments_to, searched_by
 from deploy_prune.pipeline.timing import time_family
 from deploy_prune.pipeline.workspace import Stage, Workspace, fingerprint
 from deploy_prune.saved_state import SavedState
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def search_stage(workspace: Workspace, setup: Setup, path: SolutionPath | None) -> Stage:
     """`path.safetensors`, searched or as given."""
-    how = setup.recipe.search.model_dump(mode="json")
+    how = searched_by(setup)
     given = None if path is None else path.content_sha256()
 
     saved = workspace.saved("path")
@@ -62,6 +63,25 @@ def moments_stage(workspace: Workspace, setup: Setup) -> Stage | None:
     return done
 
 
+def calibrate_stage(workspace: Workspace, setup: Setup, searched: Stage, moments: Stage | None) -> Stage:
+    """`path.safetensors` with its kinds made comparable, where the recipe asks for it."""
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.refitting import load_moments
+
+    def work(directory: Path) -> None:
+        path = SolutionPath.load(searched.directory / PATH)
+        loaded = None if moments is None else load_moments(moments.directory / MOMENTS)
+        calibrated(setup, path, loaded).save(directory / PATH)
+
+    inputs = {
+        "path": searched.fingerprint,
+        "moments": moments.fingerprint if moments else None,
+        "examples": setup.recipe.search.loss_examples,
+        **_parts(setup, "refit"),
+    }
+    return workspace.stage("calibrated", inputs, work)
+
+
 def dense_stage(workspace: Workspace, setup: Setup) -> Stage:
     """The dense model's ONNX, proved and judged."""
 
@@ -90,7 +110,8 @@ def choosing_stage(workspace: Workspace, setup: Setup, searched: Stage, moments:
         "path": searched.fingerprint,
         "moments": moments.fingerprint if moments else None,
         "machine": {"cpu": place["cpu"], "gpus": place["gpus"], "packages": place["packages"]},
-        **_parts(setup, "family", "refit", "export"),
+        "examples": setup.recipe.search.loss_examples,
+        **_parts(setup, "family", "refit", "export", "precision"),
     }
     return workspace.stage("latency", inputs, work)
 

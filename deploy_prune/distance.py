@@ -1,4 +1,4 @@
-"""How far a plan's refitted model is from the dense one: the loss that the latency budget measures along a path."""
+"""How far a plan's refitted model is from the dense one: the loss that is measured along a path."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def distance_of(
         if not mean < float("inf"):
             raise GateError(
                 "a plan along the path gives outputs that are not finite",
-                where="the losses of the latency budget",
+                where="the losses along a path",
                 remedy="Use more calibration examples or a larger ridge (refit.ridge).",
             )
         return mean

@@ -24,16 +24,18 @@ import numpy as np
 
 from deploy_prune.budget import Counts
 from deploy_prune.errors import BudgetError
+from deploy_prune.path import SolutionPath
 from deploy_prune.progress import SILENT, Progress
-from deploy_prune.units import PER_HEAD, Site, UnitKind, unit_key
+from deploy_prune.units import PER_HEAD, Site, UnitKind, groups, unit_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
 
 SPARSITIES = (0.1, 0.3, 0.5, 0.75)  # of the units of a kind: where its loss is measured
+CALIBRATED = "calibrated"  # option of a path: the losses that made its order
+_TIE = 1e-3  # of a density: units of equal density leave in the order of their scores
 _LEAST = 1e-6  # of the largest density: nothing leaves for free
 
 
@@ -46,12 +48,12 @@ class LossCurve:
     measured: tuple[tuple[float, float], ...] = ()
 
     def at(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """ρ, constant before the first knot. Beyond the last it rises on as it does from the first to the last: where a
-        model is past use its loss rises no more, but what it then loses is dear to any model that is not."""
+        """ρ, beyond the knots on either side with the slope from the first to the last: where a model is past use its
+        loss rises no more, but what it then loses is dear to any model that is not."""
         log = np.log(self.density)
         span = self.scores[-1] - self.scores[0]
         slope = (log[-1] - log[0]) / span if span > 0 else 0.0
-        beyond = np.maximum(0.0, scores - self.scores[-1])
+        beyond = np.maximum(0.0, scores - self.scores[-1]) + np.minimum(0.0, scores - self.scores[0])
         return np.asarray(np.exp(np.interp(scores, self.scores, log) + slope * beyond))
 
     def times(self, weight: float) -> LossCurve:
@@ -192,3 +194,25 @@ def _mass(path: SolutionPath, counts: Mapping[str, Mapping[UnitKind, int]]) -> f
         row = np.array([[own[kind] for kind in kinds]])
         total += float(site_losses(path, site, row, kinds, even)[0])
     return total
+
+
+def calibrated_path(path: SolutionPath, losses: Losses) -> SolutionPath:
+    """The path on which units leave in order of what they lose per parameter, ρ_k(s), over all kinds. Inside a kind the
+    order stays. Raises KeyError for losses that lack a kind of the path.
+    """
+    importance = {}
+    for site, kind in groups(path.sites):
+        key = unit_key(site.name, kind)
+        scores = np.asarray(path.scores[key], np.float64)
+        density = losses.curves[kind.value].at(scores) * (1 + _TIE * scores)
+        importance[key] = density * path.costs.unit_params(site, kind) / site.lanes(kind)
+    return SolutionPath.from_importance(
+        importance,
+        model=path.model,
+        weights_sha256=path.weights_sha256,
+        sites=path.sites,
+        costs=path.costs,
+        method=path.method,
+        options={**path.options, "allocation": "global", CALIBRATED: losses.to_json()},
+        basis=path.basis,
+    )

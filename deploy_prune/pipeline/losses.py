@@ -1,0 +1,41 @@
+"""What plans along a path lose, by the recipe: for the order of a calibrated path and for budgets of latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from deploy_prune.pipeline import making
+from deploy_prune.pipeline.setup import Setup
+
+if TYPE_CHECKING:
+    from deploy_prune.path import SolutionPath
+    from deploy_prune.plan import PrunePlan
+    from deploy_prune.refitting import Moments
+
+
+def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Callable[[PrunePlan], float]:
+    """The distance of a plan's refitted model to the dense one on calibration data, nothing trained."""
+    from deploy_prune.distance import distance_of
+
+    recipe = setup.recipe
+    examples = recipe.search.loss_examples
+    return distance_of(
+        setup.model,
+        setup.sites,
+        setup.task,
+        lambda plan: making.planned_weights(setup, plan, moments, path.basis),
+        examples=min(examples, recipe.refit.examples or examples),
+        batch_size=recipe.refit.batch_size,
+        seed=recipe.seed,
+        device=setup.device,
+    )
+
+
+def calibrated(setup: Setup, path: SolutionPath, moments: Moments | None) -> SolutionPath:
+    """The path with the units of all kinds in order of their measured loss per parameter."""
+    from deploy_prune.kind_losses import calibrated_path, measured_losses
+
+    setup.model.cpu()
+    losses = measured_losses(path, losses_of(setup, path, moments), progress=setup.progress)
+    return calibrated_path(path, losses)

@@ -1,0 +1,121 @@
+"""Units of unlike kinds leave in order of measured losses; inside a kind, as the search said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forms import image_signature, random_path
+from torch import nn
+
+import deploy_prune as dp
+from deploy_prune.cli.main import run_command
+from deploy_prune.errors import BudgetError
+from deploy_prune.kind_losses import CALIBRATED, LossCurve, Losses, calibrated_path, measured_losses
+from deploy_prune.path import SolutionPath
+from deploy_prune.plan import PrunePlan
+from deploy_prune.release.manifest import Manifest
+from deploy_prune.units import groups, unit_key
+
+KINDS = ("head", "qk", "vo", "neuron")
+
+
+@pytest.fixture
+def path(tiny_vit: nn.Module) -> SolutionPath:
+    return random_path(tiny_vit, image_signature())
+
+
+def curves(**density: float) -> Losses:
+    return Losses({kind: LossCurve((0.1, 0.9), (density.get(kind, 1.0), 4 * density.get(kind, 1.0))) for kind in KINDS})
+
+
+def test_a_dear_kind_stays_and_the_order_inside_every_kind_is_kept(path: SolutionPath) -> None:
+    found = calibrated_path(path, curves(neuron=1e6))
+    plan = found.plan(0.2)
+    for site, kind in groups(path.sites):
+        key = unit_key(site.name, kind)
+        before, after = np.asarray(path.scores[key]), np.asarray(found.scores[key])
+        assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
+        assert ((after > 0) & (after <= 1)).all()
+        if kind.value == "neuron":
+            assert len(plan.keep[site.name]["neuron"]) == site.units(kind)
+    assert plan.achieved is not None and plan.achieved.sparsity >= 0.2
+    assert found.plan(0.5).is_nested_in(plan)
+    assert found.options["allocation"] == "global" and set(found.options[CALIBRATED]) == set(KINDS)
+
+
+def test_units_of_equal_losses_leave_in_the_order_of_their_scores(path: SolutionPath) -> None:
+    flat = Losses({kind: LossCurve((0.2, 0.8), (1.0, 1.0)) for kind in KINDS})
+    found = calibrated_path(path, flat)
+    for sparsity in (0.2, 0.5):
+        assert found.plan(sparsity).keep == path.plan(sparsity).keep
+
+
+def test_losses_rise_beyond_the_knots_on_either_side() -> None:
+    curve = LossCurve((0.2, 0.6), (1.0, 100.0))
+    assert curve.at(np.array([0.0, 0.2, 0.4, 0.6, 0.8])) == pytest.approx([0.1, 1.0, 10.0, 100.0, 1000.0])
+
+
+def test_a_kind_that_no_plan_reaches_is_as_dear_as_the_dearest(path: SolutionPath) -> None:
+    def loss(plan: PrunePlan) -> float:
+        assert plan.asked is not None and plan.asked.kinds is not None and plan.achieved is not None
+        if plan.asked.kinds[0] in unreached:
+            raise BudgetError("out of reach")
+        return plan.achieved.sparsity**2
+
+    unreached = {"qk"}
+    losses = measured_losses(path, loss)
+    dearest = max(losses.curves[kind].density[-1] for kind in KINDS if kind != "qk")
+    assert losses.curves["qk"].density == (dearest,)
+    unreached |= set(KINDS)
+    with pytest.raises(BudgetError, match="out of reach"):
+        measured_losses(path, loss)
+
+
+def test_a_search_calibrated_at_the_command_line_is_that_of_python_and_cuts_members(tmp_path: Path) -> None:
+    model = "python:deploy_prune.demo:digits_vit_untrained"
+    asked = [
+        *("search", model, "--task", "image-classification", "--data", "digits:train", "--eval", "digits:test"),
+        *("--method", "magnitude", "--examples", "64"),
+    ]
+    plain, ours = tmp_path / "plain.safetensors", tmp_path / "ours.safetensors"
+    assert run_command(["-q", *asked, "-o", str(plain)]) == 0
+    assert run_command(["-q", *asked, "--calibrate", "-o", str(ours)]) == 0
+    found = SolutionPath.load(ours)
+    assert set(found.options[CALIBRATED]) == {kind.value for _, kind in groups(found.sites)}
+    loaded = dp.load_model(model)
+    task = dp.load_task("image-classification", model=loaded, model_ref=model, calibration="digits:train")
+    searched = SolutionPath.load(plain)
+    moments = dp.collect_moments(
+        loaded, searched.sites, task.calibration(32, 1024), task.signature, losses=task.calibration_losses()
+    )
+    again = dp.calibrate_path(loaded, task, searched, moments=moments)
+    for key, scores in again.scores.items():
+        assert scores == pytest.approx(found.scores[key])
+    out = tmp_path / "out"
+    few = ["--sparsity", ".3", "--no-bench", "--set", "refit.examples=64", "--set", "quality.limit=50", "-o", str(out)]
+    assert run_command(["-q", "export", str(ours), *few]) == 0
+    assert (out / "path.safetensors").read_bytes() == ours.read_bytes()
+
+
+def test_a_run_calibrates_the_path_it_searched_and_keeps_the_search(tmp_path: Path) -> None:
+    quick = {
+        "model": "python:deploy_prune.demo:digits_vit_untrained",
+        "search.method": "magnitude",
+        "search.options": "{}",
+        "search.calibrate": "true",
+        "search.loss_examples": "32",
+        "refit.examples": "64",
+        "quality.limit": "50",
+        "bench.enabled": "false",
+        "family.sparsities": "[0.3]",
+    }
+    out = tmp_path / "out"
+    words = [part for key, value in quick.items() for part in ("--set", f"{key}={value}")]
+    assert run_command(["-q", "run", "digits", *words, "--out", str(out)]) == 0
+    path = SolutionPath.load(out / "path.safetensors")
+    assert len(path.options[CALIBRATED]["neuron"]["measured"]) == 4
+    member = Manifest.load(out / "manifest.json").members[1]
+    assert PrunePlan.load(out / str(member.plan)).keep == path.plan(0.3).keep
+    assert run_command(["-q", "verify", str(out)]) == 0

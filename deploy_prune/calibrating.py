@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deploy_prune.errors import UsageError
 from deploy_prune.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -29,13 +30,22 @@ def calibrate_path(
     """The path with its units ordered, over all kinds, by the loss per parameter that was measured of their kind.
 
     The loss is the mean distance to the outputs of `model` on calibration examples; give `moments` where the members
-    will be refitted. Four plans of every kind are measured. Inside a kind the order stays. Raises GateError when a
-    plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity.
+    will be refitted. Four plans of every kind are measured. Inside a kind the order stays.
+    Raises GateError when a plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity,
+    PlanError for a path of other weights, UsageError without examples.
     """
+    from deploy_prune.adapters import find_sites
+    from deploy_prune.architecture import weights_sha256
     from deploy_prune.basis import in_basis
     from deploy_prune.distance import distance_of
     from deploy_prune.kind_losses import calibrated_path, measured_losses
+    from deploy_prune.plan import dense_plan
     from deploy_prune.refitting import refit
+
+    if examples < 1:
+        raise UsageError("no examples to measure losses on", expected="at least 1", got=str(examples))
+    given = dense_plan(path.model, path.weights_sha256, path.sites)
+    given.validate_for(find_sites(model), weights_sha256(model), where="the path to calibrate")
 
     def weights_of(plan: PrunePlan) -> nn.Module:
         if moments is not None:

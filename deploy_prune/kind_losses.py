@@ -7,7 +7,8 @@ of the slots that plan j cuts and plan j−1 keeps,
 
     ρ_j = (ℓ_j − ℓ_{j−1}) / m_j,    made non-decreasing (least squares, weights m_j),
 
-set at the middle of the scores between the two plans and interpolated geometrically. A site that keeps h of H heads
+set at the middle of the scores between the two plans (the first: from the kind's lowest score) and interpolated
+geometrically. A site that keeps h of H heads
 and cuts slots R then costs  Σ_{heads in R} ρ p + (h/H) Σ_{qk, vo in R} ρ p,  p the parameters of a slot; neurons as
 heads. (One density for all kinds was measured first: it said of narrow values that they lose 0.4 times what they do, of
 few neurons 1.4 times; bench/notes.md.)
@@ -15,6 +16,7 @@ few neurons 1.4 times; bench/notes.md.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 SPARSITIES = (0.1, 0.3, 0.5, 0.75)  # of the units of a kind: where its loss is measured
 CALIBRATED = "calibrated"  # option of a path: the losses that made its order
 _TIE = 1e-3  # of a density: units of equal density leave in the order of their scores
+_FAR = math.log(1e3)  # how much less or more than at the outer knots a density may be beyond them
 _LEAST = 1e-6  # of the largest density: nothing leaves for free
 
 
@@ -54,7 +57,8 @@ class LossCurve:
         span = self.scores[-1] - self.scores[0]
         slope = (log[-1] - log[0]) / span if span > 0 else 0.0
         beyond = np.maximum(0.0, scores - self.scores[-1]) + np.minimum(0.0, scores - self.scores[0])
-        return np.asarray(np.exp(np.interp(scores, self.scores, log) + slope * beyond))
+        beyond = np.clip(slope * beyond, -_FAR, _FAR)
+        return np.asarray(np.exp(np.interp(scores, self.scores, log) + beyond))
 
     def times(self, weight: float) -> LossCurve:
         return replace(self, density=tuple(weight * d for d in self.density))
@@ -115,7 +119,8 @@ def loss_curve(
 ) -> LossCurve:
     """Measure `loss_of` at plans along the path that cut units of one kind alone. Raises BudgetError when the path
     reaches none."""
-    measured: list[tuple[float, float, float, float]] = [(0.0, 0.0, 0.0, 0.0)]  # sparsity, threshold, mass, loss
+    lowest = min(float(np.min(path.scores[unit_key(s.name, k)])) for s, k in groups(path.sites) if k.value == kind)
+    measured: list[tuple[float, float, float, float]] = [(0.0, lowest, 0.0, 0.0)]  # sparsity, threshold, mass, loss
     progress.start(len(sparsities), f"losses along the path, {kind}")
     try:
         for sparsity in sparsities:

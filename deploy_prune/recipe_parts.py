@@ -61,6 +61,12 @@ class SearchPart(Part):
     """calibration examples on which losses of plans are measured, for `calibrate` and budgets of latency; no more than
     the refit has"""
 
+    @model_validator(mode="after")
+    def _one_order(self) -> SearchPart:
+        if self.calibrate and self.allocation not in (None, "global"):
+            raise ValueError(f"expected `allocation: global` with `calibrate`, got {self.allocation}")
+        return self
+
 
 class ComputePart(Part):
     """How search and moments are computed, which changes results by rounding only."""
@@ -96,7 +102,8 @@ class LatencyPart(Part):
     seconds: Positive = 1.0
     """about how long each graph is timed"""
     trials: Amount = 8
-    """plans at most, of each target, whose loss is measured to weigh unit kinds against each other"""
+    """plans at most, of each target, whose loss is measured to weigh unit kinds against each other, beside that of even
+    weights"""
 
 
 class FamilyPart(Part):

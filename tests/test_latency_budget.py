@@ -358,11 +358,6 @@ def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, pa
     assert (fit.corrected, fit.chosen_by) == ((False, str(PATH)) if taken else (True, str(BY_TABLE)))
 
 
-def test_a_density_rises_on_beyond_its_knots() -> None:
-    curve = LossCurve((0.1, 0.5), (1.0, 10.0))
-    assert curve.at(np.array([0.0, 0.1, 0.5, 0.9])) == pytest.approx([1.0, 1.0, 10.0, 100.0])
-
-
 def test_counts_of_a_choice_name_every_site(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
     options = search.options()

@@ -66,6 +66,7 @@ def main(
 ) -> None:
     from bench.environment import environment
     from bench.studies.judging import judge_all
+    from converters.precision.formats import check_timed
     from deploy_prune.cli import console
     from deploy_prune.files import write_json
     from deploy_prune.latency.fitting import fit_plans
@@ -80,13 +81,14 @@ def main(
     path = SolutionPath.load(file) if file else find_path(setup)
     moments = moments_of(setup)
     place = Place(runtime, batch, seq, threads, past=past)
+    check_timed(runtime, precision, past is not None)
     export = replace(timed_graph(setup), cache=past is not None, precision=precision)
     search = search_of(setup, path, moments, place, export, align)
     plans, fits = fit_plans(
         search, {f"{x:g}x": ("speedup", x) for x in speedups}, setup.model, export, progress=setup.progress
     )
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as scratch:
-        rivals, report = rivals_of(setup, path, search.table, place, plans, export, align, Path(scratch))
+        rivals, report = rivals_of(setup, path, search.table, search.place, plans, export, align, Path(scratch))
     judged = judge_all(setup, path, moments, {**by_latency(plans), **by_macs(rivals)}, limit)
     result = {
         "recipe": setup.recipe.name,

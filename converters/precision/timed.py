@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.cache import is_cache
 from converters.precision.formats import HALF, WEIGHT_ONLY, Precision, check_precision_name
-from converters.precision.given import matched, node_names
+from converters.precision.given import fp32_graph, matched, node_names
 from converters.precision.int8 import Calibrate, NoLayerError, quantize
 from converters.precision.weight_only import quantize_weights
 
@@ -29,12 +29,14 @@ def write_timed(
     reduce_range: bool = False,
 ) -> None:
     """Write the fp32 file `source` in `precision` to `target`: the nodes of `convert_precision`, whose options these
-    are, without its proof. `batches` are for int8-static. Patterns of `keep` that name no node of this graph are
-    passed over, and a graph without a linear layer stays in fp32 where a format is of linear layers alone.
+    are, without its proof (and without the nodes that a half precision keeps in fp32 for values that overflow).
+    `batches` are for int8-static. Patterns of `keep` that name no node of this graph are passed over, and a graph
+    without a linear layer stays in fp32 where a format is of linear layers alone.
 
     Raises UsageError for no precision, and what the conversion raises for a graph that it cannot be done to.
     """
     check_precision_name(precision)
+    fp32_graph(source)  # refuses weights beside the file, before a table is measured
     names = node_names(source)
     keep = [pattern for pattern in keep if matched(pattern, names)]
     try:

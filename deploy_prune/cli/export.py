@@ -171,6 +171,7 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
     from deploy_prune.kind_losses import CALIBRATED
 
     options = dict(path.options)
+    calibrated = CALIBRATED in options
     task = options.pop("task", None)
     for noted in ("found", "delta", CALIBRATED):
         options.pop(noted, None)
@@ -190,7 +191,12 @@ def recipe_of(path: SolutionPath, family: dict[str, Any]) -> dict[str, Any]:
         "task": task,
         "seed": options.pop("seed", 0),
         "family": family,
-        "search": {"method": path.method, **{k: v for k, v in search.items() if v is not None}, "options": options},
+        "search": {
+            "method": path.method,
+            "calibrate": calibrated,
+            **{k: v for k, v in search.items() if v is not None},
+            "options": options,
+        },
     }
 
 

@@ -10,6 +10,7 @@ import click
 from deploy_prune import distributed
 from deploy_prune.cli import console
 from deploy_prune.cli.run import resume_options
+from deploy_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from deploy_prune.pipeline.workspace import Mode
@@ -45,6 +46,9 @@ SEARCHES = (
 @click.option(
     "--calibrate", is_flag=True, help="Order the units of all kinds by losses measured for each kind after the search."
 )
+@click.option(
+    "--loss-examples", type=click.IntRange(1), default=256, show_default=True, help="Calibration examples of these."
+)
 @click.option("--micro-batch", type=click.IntRange(1), help="Examples at once.  [default: a whole batch]")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again on the way back.")
 @click.option("--shard", is_flag=True, help="Spread the weights over the processes (FSDP).")
@@ -79,7 +83,7 @@ def command(
     from deploy_prune.cli.inspect import describe_path
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.losses import calibrated
-    from deploy_prune.pipeline.searching import find_path, moments_of
+    from deploy_prune.pipeline.searching import find_path, kept_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe import recipe_from
@@ -88,8 +92,14 @@ def command(
 
     distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
-    device, seed, calibrate = how.pop("device"), how.pop("seed"), how.pop("calibrate")
+    device, seed, calibrate = how.pop("device"), how.pop("seed"), how["calibrate"]
     compute = {name: how.pop(name) for name in ComputePart.model_fields}
+    if calibrate and compute["shard"]:
+        raise UsageError(
+            "a path is calibrated on one process, which holds the whole model",
+            expected="--calibrate without --shard",
+            remedy="Search with --shard, and calibrate the path where the model fits: dp.calibrate_path.",
+        )
     recipe = recipe_from(
         {
             "name": "search",
@@ -110,7 +120,7 @@ def command(
     )
     setup = prepare(recipe, console.progress())
     with file_workspace(output, mode or "new") as saved:
-        path = find_path(setup, saved)
+        path = kept_path(setup, saved) if calibrate else find_path(setup, saved)
         distributed.from_main(lambda: (calibrated(setup, path, moments_of(setup)) if calibrate else path).save(output))
     if not distributed.is_main():
         return

@@ -43,6 +43,7 @@ def latency_plans(
     each value to weigh unit kinds against each other. The table of a model and machine is kept in the user's cache.
     Raises BudgetError for a value out of reach, with the best there is.
     """
+    from converters.precision.formats import check_timed
     from deploy_prune.basis import in_basis
     from deploy_prune.cache import cache_root
     from deploy_prune.distance import distance_of
@@ -55,6 +56,7 @@ def latency_plans(
     from deploy_prune.refitting import refit
 
     place = place or Place()
+    check_timed(place.runtime, precision, place.past is not None)
     chosen = path.kinds(kinds)
 
     def weights_of(plan: PrunePlan) -> nn.Module:
@@ -78,7 +80,7 @@ def latency_plans(
     )
     loss_of = distance_of(model, path.sites, task, weights_of)
     losses = measured_losses(path, loss_of, kinds=kinds, progress=progress)
-    search = Search(path, table, losses, place, tuple(kind.value for kind in chosen), align, loss_of, trials)
+    search = Search(path, table, losses, place.of(table), tuple(kind.value for kind in chosen), align, loss_of, trials)
     asked = {repr(value): (budget, value) for value in values}
     plans, fits = fit_plans(search, asked, model, export, progress=progress)
     return [(plans[repr(value)], fits[repr(value)]) for value in values]

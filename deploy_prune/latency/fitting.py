@@ -1,6 +1,6 @@
 """From asked latencies to plans: chosen by the table, measured as whole models, corrected once.
 
-Of every target the path's own plan at that latency and the best of the others are exported and timed, interleaved with
+Of every target the path's own plan at that latency and the one by the table are exported and timed, interleaved with
 the dense model. Where the table was off for one, its limit is moved by as much and it is chosen anew, in the same way:
 the table is off by more for a plan that was chosen by it. Of the two, now at one measured latency, the one is taken
 whose refitted model loses least on calibration data (ZipLM and SPDY search likewise), and it is measured too.

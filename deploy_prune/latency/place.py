@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploy_prune.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from bench.latency_table import LatencyTable
     from bench.report import LatencyReport
     from bench.timing import Cell
 
@@ -45,6 +46,12 @@ class Place:
         place = replace(self, sequence=self._usual) if takes and self.sequence is None else self
         place.cell({"": onnx})
         return place
+
+    def of(self, table: LatencyTable) -> Place:
+        """The same with the sequence size that a table was measured at."""
+        from dataclasses import replace
+
+        return replace(self, sequence=table.facts.get("sequence", self.sequence))
 
     def cell(self, files: Mapping[str, Path], seed: int = 0) -> Cell:
         """The made-up inputs of graphs: of decoders each its own, since their caches differ."""

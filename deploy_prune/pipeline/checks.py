@@ -40,6 +40,7 @@ def check_runtimes(recipe: Recipe) -> None:
 
 def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
     """Raise UsageError where a path is missing or cannot be the recipe's."""
+    from deploy_prune.kind_losses import CALIBRATED
     from deploy_prune.plan_path import GIVEN
 
     if path is None and recipe.search.method == GIVEN:
@@ -48,6 +49,14 @@ def check_path(recipe: Recipe, path: SolutionPath | None) -> None:
             where="recipe key search.method",
             got=GIVEN,
             remedy="`deploy-prune plan build PLAN.json -o BUNDLE` makes a bundle of a plan; or name a search.",
+        )
+    if path is not None and recipe.search.calibrate and CALIBRATED not in path.options:
+        raise UsageError(
+            "a given path is cut as it is, and this one is not calibrated",
+            where="recipe key search.calibrate",
+            expected="false",
+            got="true",
+            remedy="Search with --calibrate, or calibrate the path in Python: dp.calibrate_path.",
         )
     if path is not None and recipe.diff.enabled:
         raise UsageError(
@@ -61,15 +70,17 @@ def check_lengths(setup: Setup) -> None:
     """Raise UsageError when the recipe asks for sequence lengths of a model that has no sequence, or for more tokens
     than the model has positions for."""
     check_model(setup.recipe, setup.model)
-    lengths = setup.recipe.bench.seq
-    if lengths and "sequence" not in setup.task.signature.dynamic:
-        raise UsageError(
-            "the model has no sequence to vary",
-            where="recipe key bench.seq",
-            expected="no bench.seq for " + setup.task.name,
-            got=str(lengths),
-            remedy="Leave bench.seq out.",
-        )
+    family = setup.recipe.family
+    timed = family.latency.seq if family.budget in MEASURED else None
+    for key, lengths in (("bench.seq", setup.recipe.bench.seq), ("family.latency.seq", timed)):
+        if lengths and "sequence" not in setup.task.signature.dynamic:
+            raise UsageError(
+                "the model has no sequence to vary",
+                where=f"recipe key {key}",
+                expected=f"no {key} for {setup.task.name}",
+                got=str(lengths),
+                remedy=f"Leave {key} out.",
+            )
 
 
 def check_model(recipe: Recipe, model: nn.Module) -> None:
@@ -100,8 +111,8 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, list[int], int]]:
         yield "bench.past", asked.past or [], 1
         yield "bench.seq", asked.seq or [], 0
     if recipe.family.budget in MEASURED:
-        yield "family.latency.past", [timed.past] if timed.past else [], timed.seq or 1
         yield "family.latency.seq", [timed.seq] if timed.seq else [], 0
+        yield "family.latency.past", [timed.past] if timed.past else [], timed.seq or 1
 
 
 def checked_plans(setup: Setup, path: SolutionPath) -> dict[str, PrunePlan]:

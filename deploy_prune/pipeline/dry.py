@@ -116,6 +116,8 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     stages += [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
     if recipe.refit.enabled:
         stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
+    if search.calibrate:
+        stages.append("calibrated path: losses of four plans of each unit kind, and the kinds ordered by them")
     if recipe.family.budget in MEASURED:
         place = recipe.family.latency
         at = f"batch {place.batch}" + (f", sequence {place.seq}" if place.seq else "")

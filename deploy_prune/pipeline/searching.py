@@ -50,6 +50,24 @@ def find_path(setup: Setup, saved: Path | None = None) -> SolutionPath:
     return dataclasses.replace(path, options={**path.options, "task": recipe.portable()["task"], **learned})
 
 
+def kept_path(setup: Setup, saved: Path) -> SolutionPath:
+    """As `find_path`; what it found stays in `saved` for as long as there is more to do to it."""
+    from deploy_prune import distributed
+    from deploy_prune.path import SolutionPath
+
+    kept = saved / f"searched-{search_fingerprint(setup)[:16]}.safetensors"
+
+    def keep() -> None:
+        saved.mkdir(parents=True, exist_ok=True)
+        path.save(kept)
+
+    if distributed.from_main(kept.is_file):
+        return SolutionPath.load(kept)
+    path = find_path(setup, saved)
+    distributed.from_main(keep)
+    return path
+
+
 def compute_of(setup: Setup) -> Compute:
     """How the work is cut up and shared out, by the recipe or by `accelerate launch --use_fsdp`."""
     from deploy_prune import distributed

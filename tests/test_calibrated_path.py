@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from torch import nn
 
 import deploy_prune as dp
 from deploy_prune.cli.main import run_command
-from deploy_prune.errors import BudgetError
-from deploy_prune.kind_losses import CALIBRATED, LossCurve, Losses, calibrated_path, measured_losses
+from deploy_prune.errors import BudgetError, PlanError, RecipeError, UsageError
+from deploy_prune.kind_losses import CALIBRATED, LossCurve, Losses, calibrated_path, loss_curve, measured_losses
 from deploy_prune.path import SolutionPath
+from deploy_prune.pipeline.checks import check_path
+from deploy_prune.pipeline.dry import dry_run
 from deploy_prune.plan import PrunePlan
+from deploy_prune.recipe import recipe_from
 from deploy_prune.release.manifest import Manifest
 from deploy_prune.units import groups, unit_key
 
@@ -71,6 +75,52 @@ def test_a_kind_that_no_plan_reaches_is_as_dear_as_the_dearest(path: SolutionPat
     unreached |= set(KINDS)
     with pytest.raises(BudgetError, match="out of reach"):
         measured_losses(path, loss)
+
+
+def test_knots_of_a_kind_that_leaves_late_lie_among_its_own_scores(path: SolutionPath) -> None:
+    def loss(plan: PrunePlan) -> float:
+        assert plan.achieved is not None
+        return plan.achieved.sparsity
+
+    late = {key: 0.6 + 0.4 * scores if key.endswith("neuron") else scores for key, scores in path.scores.items()}
+    curve = loss_curve(replace(path, scores=late), loss, "neuron")
+    assert min(curve.scores) > 0.6
+    near = LossCurve((0.5, 0.501), (1.0, 100.0)).at(np.array([0.0, 1.0]))
+    assert near == pytest.approx([1e-3, 1e5])  # not beyond all measure
+
+
+def test_what_cannot_be_calibrated_is_refused_first(tiny_vit: nn.Module, path: SolutionPath, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no examples"):
+        dp.calibrate_path(tiny_vit, None, path, examples=0)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="path to calibrate"):
+        dp.calibrate_path(tiny_vit, None, replace(path, weights_sha256="0" * 64))  # type: ignore[arg-type]
+    recipe = {
+        "name": "r",
+        "model": "python:deploy_prune.demo:digits_vit_untrained",
+        "task": {"name": "image-classification", "calibration": "digits:train"},
+        "family": {"sparsities": [0.3]},
+        "search": {"calibrate": True},
+    }
+    with pytest.raises(UsageError, match="not calibrated"):
+        check_path(recipe_from(recipe), path)
+    check_path(recipe_from(recipe), calibrated_path(path, curves()))
+    assert any("calibrated path" in stage for stage in dry_run(recipe_from(recipe), tmp_path / "out").stages)
+    with pytest.raises(RecipeError, match="allocation: global"):
+        recipe_from({**recipe, "search": {"calibrate": True, "allocation": "uniform"}})
+    asked = [
+        "-q",
+        "search",
+        "timm:x",
+        "--task",
+        "t",
+        "--data",
+        "d",
+        "--calibrate",
+        "--shard",
+        "-o",
+        str(tmp_path / "p"),
+    ]
+    assert run_command(asked) == 2
 
 
 def test_a_search_calibrated_at_the_command_line_is_that_of_python_and_cuts_members(tmp_path: Path) -> None:

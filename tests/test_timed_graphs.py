@@ -17,6 +17,7 @@ from packaging import version
 from torch import nn
 
 from bench.inputs import graph_inputs
+from bench.latency_table import LatencyTable
 from converters.precision import PRECISIONS, convert_precision
 from converters.precision.formats import LIMITS, WEIGHT_ONLY, Limit, check_timed
 from converters.precision.int8 import FROM
@@ -87,6 +88,16 @@ def test_decoders_that_lost_attentions_are_timed_on_caches_of_their_own(tmp_path
     assert prompt.sequence == DEFAULT_SEQUENCE
     with pytest.raises(UsageError, match="no decoders with a cache"):
         replace(place, sequence=None).settled(save_mlp(tmp_path / "mlp.onnx"))
+
+
+def test_plans_are_timed_at_the_length_of_the_table(tmp_path: Path) -> None:
+    model = build("tiny_llama")
+    Graph(decoder_signature())(model, tmp_path / "dense.onnx")
+    place = Place("ort-cpu", 1, threads=1, seconds=0.01)
+    settled = place.settled(tmp_path / "dense.onnx")
+    table = LatencyTable(2.0, 1.0, (), {"batch": 1, "sequence": settled.sequence})
+    assert place.of(table) == settled
+    assert settled.cell({"dense": tmp_path / "dense.onnx"}).inputs["input_ids"].shape == (1, DEFAULT_SEQUENCE)
 
 
 @pytest.mark.parametrize(

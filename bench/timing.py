@@ -124,6 +124,7 @@ def measure_cells(
     sessions: int = SESSIONS,
     rounds: int | None = None,
     calls: int | None = None,
+    settle: bool | None = None,
     min_rounds: int | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -135,7 +136,8 @@ def measure_cells(
     `seconds` is about the time spent timing each model in a cell. `sessions` is how often each is loaded, for all cells
     at once; `rounds` (in each session) and `calls` (timed calls of a model per round) override what follows from
     `seconds`. All are fixed before the first timed call, never stretched until the figures please. Fewer `min_rounds`
-    will do where a median is wanted and no interval.
+    will do where a median is wanted and no interval. `settle`: an untimed call comes first in every round, which brings
+    the weights into the caches; None: where calls are short enough to feel it.
     Raises UsageError for an empty comparison or inputs that do not fit, UnavailableError when the runtime is not here.
     """
     import numpy as np
@@ -149,7 +151,13 @@ def measure_cells(
     generator = np.random.default_rng(seed)
     listener = progress or SILENT
     if runtime.one_shape and len(cells) > 1:
-        given: dict[str, Any] = {**counts, "seconds": seconds, "min_rounds": min_rounds, "threads": threads}
+        given: dict[str, Any] = {
+            **counts,
+            "settle": settle,
+            "seconds": seconds,
+            "min_rounds": min_rounds,
+            "threads": threads,
+        }
         given |= {"runtime": runtime, "seed": seed, "progress": progress, "clock": clock}
         return [report for cell in cells for report in measure_cells(candidates, [cell], **given)]
     place = environment()  # before our own work becomes part of the load
@@ -172,7 +180,7 @@ def measure_cells(
                     found.warm[index].append(warm_up(models[index], clock))
                 if found.schedule is None:
                     found.schedule = plan_schedule(
-                        [each[0].median_ns for each in found.warm], seconds, sessions, rounds, calls, min_rounds
+                        [each[0].median_ns for each in found.warm], seconds, sessions, rounds, calls, min_rounds, settle
                     )
                 in_turn = [models[i] for i in range(len(names))]
                 found.parts.append(run_rounds(in_turn, found.schedule, generator, clock))
@@ -238,6 +246,7 @@ def plan_schedule(
     rounds: int | None = None,
     calls: int | None = None,
     min_rounds: int | None = None,
+    settle: bool | None = None,
 ) -> Schedule:
     """Blocks of about `BLOCK_NS` of the fastest model, and as many rounds as the slowest fits into `seconds`."""
     fastest, slowest = max(1.0, min(medians_ns)), max(1.0, *medians_ns)
@@ -245,7 +254,7 @@ def plan_schedule(
     if rounds is None:
         total = min(MAX_ROUNDS, max(min_rounds or MIN_ROUNDS, seconds * 1e9 / (calls * slowest)))
         rounds = math.ceil(total / sessions)
-    return Schedule(sessions, rounds, calls, settle=fastest < SETTLED_NS)
+    return Schedule(sessions, rounds, calls, fastest < SETTLED_NS if settle is None else settle)
 
 
 def run_rounds(

@@ -24,7 +24,7 @@ from converters.precision.int8 import FROM
 from converters.precision.timed import write_timed
 from deploy_prune.errors import UsageError
 from deploy_prune.latency.graph import Graph
-from deploy_prune.latency.place import DEFAULT_SEQUENCE, Place
+from deploy_prune.latency.place import DEFAULT_SEQUENCE, Place, last_level_cache
 from deploy_prune.latency.shapes import probe
 from deploy_prune.recipe import recipe_from
 
@@ -88,6 +88,23 @@ def test_decoders_that_lost_attentions_are_timed_on_caches_of_their_own(tmp_path
     assert prompt.sequence == DEFAULT_SEQUENCE
     with pytest.raises(UsageError, match="no decoders with a cache"):
         replace(place, sequence=None).settled(save_mlp(tmp_path / "mlp.onnx"))
+
+
+@pytest.mark.parametrize(("cache", "cold"), [(None, False), (1, True), (1 << 40, False)])
+def test_a_model_larger_than_the_caches_has_its_table_measured_cold(
+    cache: int | None, cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy_prune.latency.place.last_level_cache", lambda: cache)
+    file = save_mlp(tmp_path / "mlp.onnx")
+    place = Place("ort-cpu", 1, threads=1, seconds=0.01).settled(file)
+    assert place.cold is cold and place.facts(file)["cold"] is cold
+    samples = place.time({"dense": file, "other": file}).samples
+    assert (samples.ns.shape[2] == 1) is cold  # calls of one graph in a row
+
+
+def test_the_largest_cache_is_told_in_bytes() -> None:
+    size = last_level_cache()
+    assert size is None or size > 1 << 14
 
 
 def test_plans_are_timed_at_the_length_of_the_table(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ class Runtime(ABC):
     name: ClassVar[str]
     remedy: ClassVar[str]
     """How to get the runtime where it is missing."""
+    on_cpu: ClassVar[bool] = False
+    """Whether it runs on the CPU, always."""
     one_shape: ClassVar[bool] = False
     """Whether a session is built for the shapes it is bound to, so that others belong into a session of their own."""
 

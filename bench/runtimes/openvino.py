@@ -37,6 +37,7 @@ class OpenVino(Runtime):
     """OpenVINO's CPU plugin, which computes the whole model or refuses it."""
 
     name = "openvino"
+    on_cpu = True
     remedy = "pip install 'deploy-prune[openvino]'"
 
     def available(self) -> str | None:

@@ -29,6 +29,7 @@ class OrtCpu(Runtime):
     """ONNX Runtime, CPUExecutionProvider: one operator at a time, `threads` threads inside it, no core affinity."""
 
     name = "ort-cpu"
+    on_cpu = True
     remedy = "pip install 'deploy-prune[cpu]'"
 
     def available(self) -> str | None:

@@ -70,6 +70,7 @@ class TorchCpu(TorchRuntime):
     """Eager, on the CPU."""
 
     name = "torch-cpu"
+    on_cpu = True
 
 
 class TorchCuda(TorchRuntime):

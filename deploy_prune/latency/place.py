@@ -22,7 +22,8 @@ SESSIONS, ROUNDS = 3, 15
 @dataclass(frozen=True)
 class Place:
     """`Place("ort-cpu", batch=8, sequence=128, threads=2)`. `threads` None: every physical core; `seconds` is about
-    how long each graph is timed. `past`: the graphs are decoders with a cache that holds so many tokens."""
+    how long each graph is timed. `past`: the graphs are decoders with a cache that holds so many tokens. `cold`: every
+    call is timed after those of other graphs, so that it reads its weights from memory."""
 
     runtime: str = "ort-cpu"
     batch: int = 1
@@ -30,22 +31,28 @@ class Place:
     threads: int | None = None
     seconds: float = 1.0
     past: int | None = None
+    cold: bool = False
 
     def sizes(self) -> dict[str, int]:
         given = {"batch": self.batch, "sequence": self.sequence, "past": self.past}
         return {name: size for name, size in given.items() if size is not None}
 
     def settled(self, onnx: Path) -> Place:
-        """The same with the sequence size that a graph needs: of a decoder that has a past, one new token. Raises
-        UsageError when it can take none."""
+        """The same with the sequence size that a dense graph needs (of a decoder that has a past, one new token), and
+        cold where a CPU reads it from memory in every call: its weights and inputs do not fit into the caches. A probe
+        of few sites would lie in them, and be taken for faster than these sites are in the model. Raises UsageError
+        when the graph can take no such size."""
         from dataclasses import replace
 
         from bench.inputs import graph_inputs, has_sequence
+        from bench.runtimes import get_runtime
 
         takes = has_sequence(graph_inputs(onnx))
         place = replace(self, sequence=self._usual) if takes and self.sequence is None else self
-        place.cell({"": onnx})
-        return place
+        inputs, size = place.cell({"": onnx}).inputs, last_level_cache()
+        if size is None or not get_runtime(self.runtime).on_cpu:
+            return place
+        return replace(place, cold=onnx.stat().st_size + sum(array.nbytes for array in inputs.values()) > size)
 
     def of(self, table: LatencyTable) -> Place:
         """The same with the sequence size that a table was measured at."""
@@ -82,6 +89,8 @@ class Place:
             sessions=SESSIONS,
             min_rounds=min_rounds,
             threads=self.threads,
+            calls=1 if self.cold else None,
+            settle=False if self.cold else None,
             seed=seed,
             progress=progress,
         )[0]
@@ -93,4 +102,13 @@ class Place:
 
         session = get_runtime(self.runtime).load(onnx, threads=self.threads)
         told = {key: value for key, value in session.describe().items() if key not in ("placement", "build", "memory")}
-        return {**told, **self.sizes()}
+        return {**told, **self.sizes(), "cold": self.cold}
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the CPU's largest cache, as Linux tells it; None where it does not."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1))
+    return max(sizes, default=None)

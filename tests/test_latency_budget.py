@@ -292,6 +292,9 @@ def test_weights_come_to_the_least_loss_within_the_trials() -> None:
     asked.clear()
     near = weigh(kinds, loss, lambda: len(asked) < 3)
     assert len(asked) == 3 and near == {**dict.fromkeys(kinds, 1.0), "head": 0.5}
+    assert weigh(kinds, lambda weights: 1.0 + 0.001 * loss(weights), lambda: True) == dict.fromkeys(
+        kinds, 1.0
+    )  # chance
     assert weigh(("neuron",), loss_of_one, lambda: True) == {"neuron": 1.0}
 
 

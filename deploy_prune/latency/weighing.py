@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 FACTORS = (2.0, 2.0**0.5)
+MARGIN = 0.05  # a smaller share of the loss, gained on a few hundred examples, was no gain on others (bench/notes.md)
 
 
 def weigh(
@@ -21,10 +22,10 @@ def weigh(
     loss_of: Callable[[Mapping[str, float]], float],
     more: Callable[[], bool],
 ) -> dict[str, float]:
-    """The weights of `kinds`, from 1 on, with the least `loss_of` seen as long as `more` allows. The last kind is what
-    the others are weighed against."""
-    best = dict.fromkeys(kinds, 1.0)
-    least = loss_of(best)
+    """The weights of `kinds`, from 1 on, with the least `loss_of` seen as long as `more` allows, if that is less by
+    `MARGIN` than with even weights. The last kind is what the others are weighed against."""
+    even = best = dict.fromkeys(kinds, 1.0)
+    first = least = loss_of(best)
     for factor in FACTORS:
         for kind in kinds[:-1]:
             for step in (factor, 1 / factor):
@@ -33,4 +34,4 @@ def weigh(
                     best, least, moved = trial, loss, True
                 if moved:
                     break
-    return best
+    return best if least <= (1 - MARGIN) * first else even

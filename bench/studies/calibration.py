@@ -28,16 +28,24 @@ def main(
     from bench.environment import environment
     from bench.studies.judging import difference, judge_all
     from deploy_prune.cli import console
+    from deploy_prune.errors import UsageError
     from deploy_prune.files import write_json
     from deploy_prune.kind_losses import CALIBRATED
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.losses import calibrated
     from deploy_prune.pipeline.searching import moments_of
     from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.plan import dense_plan
     from deploy_prune.recipe import load_recipe
 
+    plain = SolutionPath.load(file)
+    if CALIBRATED in plain.options:
+        raise UsageError(
+            "this path is calibrated already", where=str(file), expected="a path as it was searched", got=CALIBRATED
+        )
     setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
-    plain, moments = SolutionPath.load(file), moments_of(setup)
+    dense_plan(plain.model, plain.weights_sha256, plain.sites).validate_for(setup.sites, setup.weights_sha256)
+    moments = moments_of(setup)
     began = time.monotonic()
     ours = calibrated(setup, plain, moments)
     seconds = time.monotonic() - began

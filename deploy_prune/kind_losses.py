@@ -10,10 +10,10 @@ of the slots that plan j cuts and plan j−1 keeps,
 set at the middle of the scores between the two plans (the first: from the kind's lowest score) and interpolated
 geometrically. A site that keeps h of H heads and cuts slots R then costs
 
-    Σ_{heads in R} ρ p + (h/H) Σ_{qk, vo in R} ρ p,  p the parameters of a slot;
+    Σ_{heads in R} ρ p + (h/H) Σ_{qk, vo in R} ρ p,    p the parameters of a slot; neurons as heads.
 
-neurons as heads. (One density for all kinds was measured first: it said of narrow values that they lose 0.4 times what they do, of
-few neurons 1.4 times; bench/notes.md.)
+One density for all kinds was measured first: it said of narrow values that they lose 0.4 times what they do, of few
+neurons 1.4 times (bench/notes.md).
 """
 
 from __future__ import annotations

@@ -308,7 +308,7 @@ def test_a_kind_whose_losses_are_worse_than_its_curve_says_is_spared(path: Solut
         return float(sum(site.units(UnitKind.VO) - len(plan.keep[site.name]["vo"]) for site in attentions))
 
     attentions = [site for site in path.sites if UnitKind.HEAD in site.counts]
-    search = replace(a_search(path, a_table(path)), loss_of=lost)
+    search = replace(a_search(path, a_table(path)), loss_of=lost, trials=8)
     before = search.within(BY_TABLE, ASKED, 6.0)
     assert before is not None
     way, plan = next(iter(search.finalists(ASKED, 6.0).items()))

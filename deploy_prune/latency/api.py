@@ -32,7 +32,7 @@ def latency_plans(
     kinds: Sequence[str] | None = None,
     align: int = 8,
     precision: Literal["fp32", Precision] = "fp32",
-    trials: int = 8,
+    trials: int = 0,
     progress: Progress = SILENT,
 ) -> list[tuple[PrunePlan, Fit]]:
     """A plan for every value, times as fast as dense or (`budget="latency"`) milliseconds, and what was measured of it.

@@ -21,7 +21,7 @@ from deploy_prune.plan import PrunePlan, Target
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
 
-TRIALS = 8
+TRIALS = 0  # weighing did harm on ViT-Tiny and little good on MiniLM (bench/notes.md)
 
 
 @dataclass(frozen=True)

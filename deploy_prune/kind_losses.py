@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +62,6 @@ class LossCurve:
         beyond = np.clip(slope * beyond, -_FAR, _FAR)
         return np.asarray(np.exp(np.interp(scores, self.scores, log) + beyond))
 
-    def times(self, weight: float) -> LossCurve:
-        return replace(self, density=tuple(weight * d for d in self.density))
-
     def to_json(self) -> dict[str, Any]:
         return {
             "scores": list(self.scores),
@@ -78,10 +75,6 @@ class Losses:
     """ρ of every kind, by its name."""
 
     curves: Mapping[str, LossCurve]
-
-    def weighed(self, weights: Mapping[str, float]) -> Losses:
-        """The losses of a kind count `weights` times, 1 where it names none."""
-        return Losses({kind: curve.times(weights.get(kind, 1.0)) for kind, curve in self.curves.items()})
 
     def to_json(self) -> dict[str, Any]:
         return {kind: curve.to_json() for kind, curve in self.curves.items()}

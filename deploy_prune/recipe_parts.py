@@ -101,9 +101,6 @@ class LatencyPart(Part):
     """CPU threads; null: every core"""
     seconds: Positive = 1.0
     """about how long each graph is timed"""
-    trials: Amount = 0
-    """plans at most, of each target, whose loss is measured to weigh unit kinds against each other, beside that of even
-    weights"""
 
 
 class FamilyPart(Part):

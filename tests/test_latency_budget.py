@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,12 @@ from deploy_prune.kind_losses import (
     site_losses,
 )
 from deploy_prune.latency import fitting
-from deploy_prune.latency.candidates import BY_TABLE, PATH, Search, plan_within
+from deploy_prune.latency.candidates import Search, Way, plan_within
 from deploy_prune.latency.choice import Options, choose, counts_of, fastest_ms, options_of
 from deploy_prune.latency.fitting import fit_plans, limit_of
 from deploy_prune.latency.measure import latency_table
 from deploy_prune.latency.place import Place
 from deploy_prune.latency.shapes import at_widths, probe, probe_plan, shapes_of
-from deploy_prune.latency.weighing import weigh
 from deploy_prune.path import SolutionPath
 from deploy_prune.plan import PrunePlan, Target
 from deploy_prune.units import UnitKind
@@ -176,9 +173,6 @@ def test_losses_of_a_kind_are_given_back_for_the_paths_own_plans_of_it(kind: str
             row = np.array([[counts[site.name][each] for each in kinds]])
             total += float(site_losses(path, site, row, kinds, losses)[0])
         assert total == pytest.approx(loss(plan), rel=0.5)
-    heavier = losses.weighed({kind: 2.0})
-    assert heavier.curves[kind].density == pytest.approx([2 * d for d in losses.curves[kind].density])
-    assert all(heavier.curves[other] == losses.curves[other] for other in dear if other != kind)
 
 
 def test_a_density_never_falls_and_nothing_leaves_for_free(path: SolutionPath) -> None:
@@ -271,54 +265,11 @@ def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clock
 
 def test_the_paths_own_plan_and_the_one_by_the_table_are_measured(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
-    assert list(search.finalists(ASKED, 6.0)) == [BY_TABLE]  # nothing tells them apart
+    assert list(search.finalists(ASKED, 6.0)) == [Way.TABLE]  # nothing tells them apart
     found = replace(search, loss_of=lambda plan: 1.0).finalists(ASKED, 6.0)
-    assert list(found) == [BY_TABLE, PATH]
+    assert list(found) == [Way.TABLE, Way.PATH]
     assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
-    assert found[PATH].keep != found[BY_TABLE].keep
-
-
-def test_weights_come_to_the_least_loss_within_the_trials() -> None:
-    asked: list[dict[str, float]] = []
-
-    def loss(weights: Mapping[str, float]) -> float:
-        asked.append(dict(weights))
-        return abs(math.log2(weights["head"]) + 1) + abs(math.log2(weights["vo"]) - 3.5) + abs(math.log2(weights["qk"]))
-
-    kinds = ("head", "qk", "vo", "neuron")
-    found = weigh(kinds, loss, lambda: True)
-    assert found == pytest.approx({"head": 0.5, "qk": 1.0, "vo": 2**3.5, "neuron": 1.0})
-    assert all(each["neuron"] == 1.0 for each in asked)  # the others are weighed against it
-    asked.clear()
-    near = weigh(kinds, loss, lambda: len(asked) < 3)
-    assert len(asked) == 3 and near == {**dict.fromkeys(kinds, 1.0), "head": 0.5}
-    assert weigh(kinds, lambda weights: 1.0 + 0.001 * loss(weights), lambda: True) == dict.fromkeys(
-        kinds, 1.0
-    )  # chance
-    assert weigh(("neuron",), loss_of_one, lambda: True) == {"neuron": 1.0}
-
-
-def loss_of_one(weights: Mapping[str, float]) -> float:
-    assert weights == {"neuron": 1.0}
-    return 1.0
-
-
-def test_a_kind_whose_losses_are_worse_than_its_curve_says_is_spared(path: SolutionPath) -> None:
-    def lost(plan: PrunePlan) -> float:
-        return float(sum(site.units(UnitKind.VO) - len(plan.keep[site.name]["vo"]) for site in attentions))
-
-    attentions = [site for site in path.sites if UnitKind.HEAD in site.counts]
-    search = replace(a_search(path, a_table(path)), loss_of=lost, trials=8)
-    before = search.within(BY_TABLE, ASKED, 6.0)
-    assert before is not None
-    way, plan = next(iter(search.finalists(ASKED, 6.0).items()))
-    assert lost(plan) < lost(before) and way.weights
-    assert search.table.plan_ms(plan.counts(path.sites)) <= 6.0
-    assert str(way).startswith("table, ") and " x" in str(way)
-    unweighed = replace(search, trials=0).finalists(ASKED, 6.0)
-    assert next(iter(unweighed)) == BY_TABLE
-    again = search.within(way, ASKED, 5.5)  # as a correction chooses anew
-    assert again is not None and search.table.plan_ms(again.counts(path.sites)) <= 5.5
+    assert found[Way.PATH].keep != found[Way.TABLE].keep
 
 
 def test_milliseconds_are_kept_on_a_machine_that_has_become_slower(tiny_vit, path, clockwork, monkeypatch) -> None:
@@ -358,7 +309,7 @@ def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, pa
     _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     fit = fits["x"]
     assert fit.met and fit.off == pytest.approx(1, rel=0.02)
-    assert (fit.corrected, fit.chosen_by) == ((False, str(PATH)) if taken else (True, str(BY_TABLE)))
+    assert (fit.corrected, fit.chosen_by) == ((False, str(Way.PATH)) if taken else (True, str(Way.TABLE)))
 
 
 def test_counts_of_a_choice_name_every_site(path: SolutionPath) -> None:

@@ -32,16 +32,14 @@ def latency_plans(
     kinds: Sequence[str] | None = None,
     align: int = 8,
     precision: Literal["fp32", Precision] = "fp32",
-    trials: int = 0,
     progress: Progress = SILENT,
 ) -> list[tuple[PrunePlan, Fit]]:
     """A plan for every value, times as fast as dense or (`budget="latency"`) milliseconds, and what was measured of it.
 
     `place` says where: `Place("ort-cpu", batch=8)`; with a `past`, `Place(past=1024)`, decoders with a cache are timed,
     in `precision` graphs of that format (int8-static with its ranges from calibration examples). Give `moments` where
-    the members will be refitted: losses are then those of refitted models. `trials` plans at most are measured for
-    each value to weigh unit kinds against each other. The table of a model and machine is kept in the user's cache.
-    Raises BudgetError for a value out of reach, with the best there is.
+    the members will be refitted: losses are then those of refitted models. The table of a model and machine is
+    kept in the user's cache. Raises BudgetError for a value out of reach, with the best there is.
     """
     from converters.precision.formats import check_timed
     from deploy_prune.basis import in_basis
@@ -80,7 +78,7 @@ def latency_plans(
     )
     loss_of = distance_of(model, path.sites, task, weights_of)
     losses = measured_losses(path, loss_of, kinds=kinds, progress=progress)
-    search = Search(path, table, losses, place.of(table), tuple(kind.value for kind in chosen), align, loss_of, trials)
+    search = Search(path, table, losses, place.of(table), tuple(kind.value for kind in chosen), align, loss_of)
     asked = {repr(value): (budget, value) for value in values}
     plans, fits = fit_plans(search, asked, model, export, progress=progress)
     return [(plans[repr(value)], fits[repr(value)]) for value in values]

@@ -118,8 +118,7 @@ def search_of(
     )
     loss_of = losses_of(setup, path, moments)
     losses = measured_losses(path, loss_of, kinds=kinds, progress=setup.progress)
-    trials = setup.recipe.family.latency.trials
-    return Search(path, table, losses, place.of(table), tuple(kind.value for kind in chosen), align, loss_of, trials)
+    return Search(path, table, losses, place.of(table), tuple(kind.value for kind in chosen), align, loss_of)
 
 
 def chosen_plans(directory: Path) -> dict[str, PrunePlan]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forms import image_signature, random_path
+from processes import run_processes
 from torch import nn
 
 import deploy_prune as dp
 from deploy_prune.cli.main import run_command
-from deploy_prune.errors import BudgetError, PlanError, RecipeError, UsageError
+from deploy_prune.errors import BudgetError, PlanError, RecipeError, UnavailableError, UsageError
 from deploy_prune.kind_losses import CALIBRATED, LossCurve, Losses, calibrated_path, loss_curve, measured_losses
 from deploy_prune.path import SolutionPath
 from deploy_prune.pipeline.checks import check_path
@@ -23,6 +24,17 @@ from deploy_prune.release.manifest import Manifest
 from deploy_prune.units import groups, unit_key
 
 KINDS = ("head", "qk", "vo", "neuron")
+QUICK_RUN = (
+    "model=python:deploy_prune.demo:digits_vit_untrained",
+    "search.method=magnitude",
+    "search.options={}",
+    "search.calibrate=true",
+    "search.loss_examples=32",
+    "refit.examples=64",
+    "quality.limit=50",
+    "bench.enabled=false",
+    "family.sparsities=[0.3]",
+)
 
 
 @pytest.fixture
@@ -43,7 +55,7 @@ def test_a_dear_kind_stays_and_the_order_inside_every_kind_is_kept(path: Solutio
         assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
         assert ((after > 0) & (after <= 1)).all()
         if kind.value == "neuron":
-            assert len(plan.keep[site.name]["neuron"]) == site.units(kind)
+            assert len(plan.keep[site.name][kind]) == site.units(kind)
     assert plan.achieved is not None and plan.achieved.sparsity >= 0.2
     assert found.plan(0.5).is_nested_in(plan)
     assert found.options["allocation"] == "global" and set(found.options[CALIBRATED]) == set(KINDS)
@@ -150,22 +162,63 @@ def test_a_search_calibrated_at_the_command_line_is_that_of_python_and_cuts_memb
 
 
 def test_a_run_calibrates_the_path_it_searched_and_keeps_the_search(tmp_path: Path) -> None:
-    quick = {
-        "model": "python:deploy_prune.demo:digits_vit_untrained",
-        "search.method": "magnitude",
-        "search.options": "{}",
-        "search.calibrate": "true",
-        "search.loss_examples": "32",
-        "refit.examples": "64",
-        "quality.limit": "50",
-        "bench.enabled": "false",
-        "family.sparsities": "[0.3]",
-    }
     out = tmp_path / "out"
-    words = [part for key, value in quick.items() for part in ("--set", f"{key}={value}")]
+    words = [part for change in QUICK_RUN for part in ("--set", change)]
     assert run_command(["-q", "run", "digits", *words, "--out", str(out)]) == 0
     path = SolutionPath.load(out / "path.safetensors")
     assert len(path.options[CALIBRATED]["neuron"]["measured"]) == 4
     member = Manifest.load(out / "manifest.json").members[1]
     assert PrunePlan.load(out / str(member.plan)).keep == path.plan(0.3).keep
     assert run_command(["-q", "verify", str(out)]) == 0
+
+
+def test_what_was_searched_is_kept_where_only_its_calibration_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deploy_prune.pipeline import run
+    from deploy_prune.recipe import load_recipe
+
+    def start(*changes: str) -> list[str]:
+        said: list[str] = []
+        run.run_recipe(load_recipe("digits", [*QUICK_RUN, *changes]), out, mode="resume", note=said.append)
+        return said
+
+    def broken(*_: object) -> None:
+        raise UnavailableError("the power is gone")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "dense_stage", broken)
+        for changes in ((), ("search.loss_examples=16",), ("search.calibrate=false",)):
+            with pytest.raises(UnavailableError, match="power"):
+                start(*changes)
+    said = start("search.calibrate=false", "refit.enabled=false")
+    assert "path: whole from an earlier run" in said
+    assert CALIBRATED not in SolutionPath.load(out / "path.safetensors").options
+
+
+def test_a_path_is_calibrated_without_a_refit_too(tmp_path: Path) -> None:
+    from deploy_prune.pipeline.run import run_recipe
+    from deploy_prune.recipe import load_recipe
+
+    out = tmp_path / "out"
+    run_recipe(load_recipe("digits", [*QUICK_RUN, "refit.enabled=false"]), out)
+    assert len(SolutionPath.load(out / "path.safetensors").options[CALIBRATED]["neuron"]["measured"]) == 4
+
+
+def calibrated_here(out: str) -> tuple[dict[str, np.ndarray], list[float]]:
+    from deploy_prune.pipeline.run import run_recipe
+    from deploy_prune.recipe import load_recipe
+
+    run_recipe(load_recipe("digits", list(QUICK_RUN)), Path(out))
+    path = SolutionPath.load(Path(out) / "path.safetensors")
+    losses = [loss for kind in KINDS for _, loss in path.options[CALIBRATED][kind]["measured"]]
+    return dict(path.scores), losses
+
+
+def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
+    first, second = run_processes(2, calibrated_here, tmp_path, str(tmp_path / "two"))
+    _, losses = calibrated_here(str(tmp_path / "one"))
+    assert all((scores == second[0][key]).all() for key, scores in first[0].items())
+    assert max(losses) > 1e-6
+    assert first[1] == second[1] == pytest.approx(losses, rel=1e-2, abs=1e-7)  # 1e-7: float32's rounding

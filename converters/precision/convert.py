@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from converters.precision.formats import HALF, WEIGHT_ONLY, Limit, Precision, check_precision_name
+from converters.precision.formats import HALF, Limit, Precision, check_precision_name
 from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
+from converters.precision.integers import to_integers
 from converters.precision.proof import Asked, PrecisionParity, asked_of, prove
 from deploy_prune.errors import UnsupportedModelError, UsageError
 from deploy_prune.files import atomic_file, existing, sha256_file
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from converters.precision.half import Lowered
-    from converters.precision.int8 import Quantized
     from converters.precision.proof import Agree
 
 Overflow = Literal["refuse", "keep"]
@@ -91,23 +91,18 @@ def convert_precision(
     with atomic_file(target) as temporary:
         if precision in HALF:
             facts = _lowered(source, temporary, precision, batches, keep, overflow, caches)
-        elif precision in WEIGHT_ONLY:
-            from converters.precision.weight_only import quantize_weights
-
-            facts = _quantised(quantize_weights(source, temporary, precision, keep))
         else:
-            from converters.precision.int8 import quantize
-
-            made = quantize(
+            made = to_integers(
                 source,
                 temporary,
-                batches=batches if precision == "int8-static" else None,
+                precision,
+                batches,
+                keep=keep,
                 calibrate=calibrate,
                 percentile=percentile,
-                keep=keep,
                 reduce_range=reduce_range,
             )
-            facts = _quantised(made)
+            facts = {"quantized": made.nodes, "tables": made.tables, "kept": dict.fromkeys(made.kept, "asked for")}
         nodes = _sign(temporary, precision)
         parity = prove(
             source,
@@ -130,11 +125,6 @@ def convert_precision(
         seconds=time.perf_counter() - start,
         **facts,
     )
-
-
-def _quantised(made: Quantized) -> dict[str, Any]:
-    """The report's facts of a file whose layers have 8 or 4 bits."""
-    return {"quantized": made.nodes, "tables": made.tables, "kept": dict.fromkeys(made.kept, "asked for")}
 
 
 def _lowered(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.cache import is_cache
-from converters.precision.formats import HALF, WEIGHT_ONLY, Precision, check_precision_name
+from converters.precision.formats import HALF, Precision, check_precision_name
 from converters.precision.given import fp32_graph, matched, node_names
-from converters.precision.int8 import Calibrate, NoLayerError, quantize
-from converters.precision.weight_only import quantize_weights
+from converters.precision.int8 import Calibrate, NoLayerError
+from converters.precision.integers import to_integers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,16 +42,15 @@ def write_timed(
     try:
         if precision in HALF:
             _lower(source, target, precision, keep)
-        elif precision in WEIGHT_ONLY:
-            quantize_weights(source, target, precision, keep)
         else:
-            quantize(
+            to_integers(
                 source,
                 target,
-                batches=batches if precision == "int8-static" else None,
+                precision,
+                batches,
+                keep=keep,
                 calibrate=calibrate,
                 percentile=percentile,
-                keep=keep,
                 reduce_range=reduce_range,
             )
     except NoLayerError:

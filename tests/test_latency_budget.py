@@ -65,7 +65,12 @@ def a_table(path: SolutionPath, *, dense: float = 10.0, rest: float = 2.0) -> La
 
 def a_search(path: SolutionPath, table: LatencyTable) -> Search:
     losses = Losses(dict.fromkeys(ASKED.kinds or (), LossCurve((0.0, 1.0), (1.0, 100.0))))
-    return Search(path, table, losses, Place(), ("head", "qk", "vo", "neuron"), 8)
+    return Search(path, table, losses, Place(), ("head", "qk", "vo", "neuron"), 8, params_lost)
+
+
+def params_lost(plan: PrunePlan) -> float:
+    assert plan.achieved is not None
+    return -float(plan.achieved.params)
 
 
 def some_options(seed: int, sites: int = 4) -> list[Options]:
@@ -265,8 +270,7 @@ def test_a_machine_slower_than_its_table_is_corrected_once(tiny_vit, path, clock
 
 def test_the_paths_own_plan_and_the_one_by_the_table_are_measured(path: SolutionPath) -> None:
     search = a_search(path, a_table(path))
-    assert list(search.finalists(ASKED, 6.0)) == [Way.TABLE]  # nothing tells them apart
-    found = replace(search, loss_of=lambda plan: 1.0).finalists(ASKED, 6.0)
+    found = search.finalists(ASKED, 6.0)
     assert list(found) == [Way.TABLE, Way.PATH]
     assert all(search.table.plan_ms(plan.counts(path.sites)) <= 6.0 for plan in found.values())
     assert found[Way.PATH].keep != found[Way.TABLE].keep
@@ -299,17 +303,44 @@ def test_what_is_out_of_reach_as_measured_says_what_is_and_what_was_measured(
     assert "ms measured" in str(error.value) and "as measured" in str(error.value)
 
 
-@pytest.mark.parametrize("taken", [0, -1])
+@pytest.mark.parametrize("taken", list(Way))
 def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, path, clockwork, monkeypatch) -> None:
     table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
-    monkeypatch.setattr(Search, "least", lambda self, plans: list(plans)[taken])
-    search = replace(a_search(path, table), place=clockwork, loss_of=lambda plan: 0.0)
+    search = replace(a_search(path, table), place=clockwork)
+    monkeypatch.setattr(Search, "finalists", only(taken))
     monkeypatch.setattr(Clockwork, "drift", 1.1)
     monkeypatch.setattr(Clockwork, "slow", "table")
     _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     fit = fits["x"]
     assert fit.met and fit.off == pytest.approx(1, rel=0.02)
-    assert (fit.corrected, fit.chosen_by) == ((False, str(Way.PATH)) if taken else (True, str(Way.TABLE)))
+    assert (fit.corrected, fit.chosen_by) == (taken is Way.TABLE, str(taken))
+
+
+def only(way: Way) -> Any:
+    whole = Search.finalists
+    return lambda self, asked, limit: {w: plan for w, plan in whole(self, asked, limit).items() if w is way}
+
+
+def test_a_plan_measured_past_the_limit_is_not_taken_for_losing_less(tiny_vit, path, clockwork, monkeypatch) -> None:
+    """The path's own plan, found fast once, is allowed to be larger, and is found slow as often as it is corrected."""
+    table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
+    search = replace(a_search(path, table), place=clockwork)
+    drifts = iter([0.85, 1.0, 1.05])
+
+    def time(self: Clockwork, files: Any, **options: Any) -> LatencyReport:
+        drift = next(drifts)
+        return time_of(files, lambda name, file: int(file.read_text()) * (drift if name.endswith("path") else 1.0))
+
+    monkeypatch.setattr(Clockwork, "time", time)
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
+    assert fits["x"].chosen_by == "table" and fits["x"].met and not fits["x"].corrected
+    assert next(drifts, None) is None  # the path's was corrected twice
+    monkeypatch.setattr(Search, "finalists", only(Way.PATH))
+    drifts = iter([0.85, 1.0, 1.0])
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
+    fit = fits["x"]
+    assert fit.chosen_by == "path" and fit.met and fit.corrected
+    assert fit.predicted == pytest.approx(fit.measured, rel=0.02) == fit.uncorrected
 
 
 def test_counts_of_a_choice_name_every_site(path: SolutionPath) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -27,8 +27,7 @@ class Way(StrEnum):
 
 @dataclass(frozen=True)
 class Search:
-    """What a choice is made from. `loss_of` measures what a plan loses; without it the path's own plan is no
-    finalist."""
+    """What a choice is made from. `loss_of` measures what a plan loses."""
 
     path: SolutionPath
     table: LatencyTable
@@ -36,7 +35,7 @@ class Search:
     place: Place
     kinds: tuple[str, ...]
     align: int
-    loss_of: Callable[[PrunePlan], float] | None = None
+    loss_of: Callable[[PrunePlan], float]
 
     def options(self) -> list[Options]:
         return options_of(self.path, self.table, self.losses, kinds=self.kinds, align=self.align)
@@ -54,16 +53,8 @@ class Search:
         """The plan by the table and the path's own: the table may be off by more for the one than for the other, so
         that both are measured. Raises BudgetError when no plan is within the limit."""
         plan = plan_within(self, self.options(), asked, limit_ms)
-        own = None if self.loss_of is None else self.within(Way.PATH, asked, limit_ms)
+        own = self.within(Way.PATH, asked, limit_ms)
         return {Way.TABLE: plan} if own is None or own.keep == plan.keep else {Way.TABLE: plan, Way.PATH: own}
-
-    def least(self, plans: Mapping[Way, PrunePlan]) -> Way:
-        """The way whose plan loses least by `loss_of`; of a single one it is not asked."""
-        if len(plans) == 1:
-            return next(iter(plans))
-        assert self.loss_of is not None
-        losses = {way: self.loss_of(plan) for way, plan in plans.items()}
-        return min(losses, key=losses.__getitem__)
 
 
 def plan_within(search: Search, options: Sequence[Options], asked: Target, limit_ms: float) -> PrunePlan:

@@ -1,15 +1,16 @@
-"""From asked latencies to plans: chosen by the table, measured as whole models, corrected once.
+"""From asked latencies to plans: chosen by the table, measured as whole models, corrected.
 
 Of every target the path's own plan at that latency and the one by the table are exported and timed, interleaved with
 the dense model. Where the table was off for one, its limit is moved by as much and it is chosen anew, in the same way:
-the table is off by more for a plan that was chosen by it. Of the two, now at one measured latency, the one is taken
-whose refitted model loses least on calibration data (ZipLM and SPDY search likewise), and it is measured too.
+the table is off by more for a plan that was chosen by it. The new ones are timed too, and once more corrected where
+that was not enough. Of all that were measured within the limit the one is taken whose refitted model loses least on
+calibration data (ZipLM and SPDY search likewise).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bench.report import LatencyReport
 
 MIN_ROUNDS = 40
+CORRECTIONS = 2  # at most
 CLOSE = 0.02  # a prediction this near is not corrected: the measurement is no better
 TAKEN = 0.03  # above the limit by more than this the target counts as missed
 
@@ -35,7 +37,7 @@ TAKEN = 0.03  # above the limit by more than this the target counts as missed
 class Fit:
     """One member at an asked latency, in milliseconds per call.
 
-    `predicted` is what the table said of the plan, corrected by what the first check found, in terms of the dense
+    `predicted` is what the table said of the plan, corrected by what an earlier check found, in terms of the dense
     model's latency while the plan was measured: `dense`, which may differ from the table's on another day.
     `uncorrected` is the table's own word. `measured` is the whole graph's median, and `ratio` that to dense with its
     interval.
@@ -51,12 +53,17 @@ class Fit:
     ratio: tuple[float, float, float]
     corrected: bool
     trusted: bool
-    chosen_by: str = ""
+    chosen_by: str
 
     @property
     def off(self) -> float:
         """Measured over predicted."""
         return self.measured / self.predicted
+
+    @property
+    def table_off(self) -> float:
+        """Measured over what the table says."""
+        return self.measured / self.uncorrected
 
     @property
     def met(self) -> bool:
@@ -91,6 +98,13 @@ class Entry(NamedTuple):
         return f"{self.name}: {self.way}"
 
 
+class Tried(NamedTuple):
+    """A plan and what was measured of it."""
+
+    plan: PrunePlan
+    fit: Fit
+
+
 def limit_of(budget: Measured, value: float, dense_ms: float) -> float:
     """The most milliseconds that a target allows. Raises UsageError where the dense model would do."""
     limit = value if budget == "latency" else dense_ms / value
@@ -113,7 +127,8 @@ def fit_plans(
     progress: Progress = SILENT,
 ) -> tuple[dict[str, PrunePlan], dict[str, Fit]]:
     """The plan of every named target, and how far it can be trusted. All first choices are measured together, and so
-    are the corrected ones. Raises BudgetError for the first target out of reach, UsageError for one that asks nothing.
+    are those of each correction. Raises BudgetError for the first target out of reach, UsageError for one that asks
+    nothing.
     """
     table = search.table
     asked = {
@@ -121,45 +136,54 @@ def fit_plans(
         for name, (budget, value) in targets.items()
     }
     limits = {name: limit_of(t.budget, t.value, table.dense_ms) for name, t in asked.items()}  # type: ignore[arg-type]
-    finalists = {name: search.finalists(target, limits[name]) for name, target in asked.items()}
+    plans = {
+        Entry(name, way): plan
+        for name, target in asked.items()
+        for way, plan in search.finalists(target, limits[name]).items()
+    }
+    tried: dict[Entry, list[Tried]] = {entry: [] for entry in plans}
     with scratch_directory() as scratch:
         check = _Check(model, search, export, scratch, progress)
-        entries = {Entry(name, way): plan for name, plans in finalists.items() for way, plan in plans.items()}
-        fits = check.fits(entries, asked, dict.fromkeys(entries, 1.0))
-        plans: dict[Entry, PrunePlan] = {}
-        for name, target in asked.items():
-            moved = {
-                way: _moved(search, target, way, plan, fits[Entry(name, way)]) for way, plan in finalists[name].items()
-            }
-            reached = {way: plan for way, plan in moved.items() if plan is not None}
-            if not reached:
-                raise _missed(search, target, {way: fits[Entry(name, way)] for way in moved})
-            way = search.least(reached)
-            plans[Entry(name, way)] = reached[way]
-        again = {entry: fits[entry].off for entry, plan in plans.items() if plan.keep != entries[entry].keep}
-        if again:
-            later = check.fits({entry: plans[entry] for entry in again}, asked, again)
-            fits |= {entry: replace(fit, corrected=True) for entry, fit in later.items()}
-    return (
-        {entry.name: plan for entry, plan in plans.items()},
-        {entry.name: replace(fits[entry], chosen_by=str(entry.way)) for entry in plans},
-    )
+        for _ in range(1 + CORRECTIONS):
+            if not plans:
+                break
+            factors = {entry: tried[entry][-1].fit.table_off for entry in plans if tried[entry]}
+            for entry, fit in check.fits(plans, asked, factors).items():
+                tried[entry].append(Tried(plans[entry], fit))
+            moved = {entry: _moved(search, asked[entry.name], entry.way, *tried[entry][-1]) for entry in plans}
+            plans = {entry: plan for entry, plan in moved.items() if plan is not None}
+    taken = {
+        name: _taken(search, asked[name], {e.way: t for e, t in tried.items() if e.name == name}) for name in asked
+    }
+    return {name: found.plan for name, found in taken.items()}, {name: found.fit for name, found in taken.items()}
 
 
 def _moved(search: Search, asked: Target, way: Way, plan: PrunePlan, fit: Fit) -> PrunePlan | None:
-    """The plan chosen in the same way within what the table must say of it to be measured within the limit. None when
-    there is none and `plan` missed its limit."""
-    wanted = _wanted(search, fit)
-    if abs(wanted / limit_of(fit.budget, fit.value, search.table.dense_ms) - 1) <= CLOSE:
-        return plan
-    return search.within(way, asked, wanted) or (plan if fit.met else None)
+    """The plan chosen in the same way within what the table must say of it to be measured within the limit. None where
+    `plan` is near enough, or there is no other."""
+    if abs(fit.measured / fit.limit - 1) <= CLOSE:
+        return None
+    moved = search.within(way, asked, _wanted(search, fit))
+    return None if moved is None or moved.keep == plan.keep else moved
+
+
+def _taken(search: Search, asked: Target, tried: Mapping[Way, Sequence[Tried]]) -> Tried:
+    """Of the plans measured within the limit the one that loses least. Where none is, the nearest to it of those last
+    tried; BudgetError where nothing faster is known."""
+    met = [found for each in tried.values() for found in reversed(each) if found.fit.met]  # of equals the last counts
+    if met:
+        return min(met, key=lambda found: search.loss_of(found.plan)) if len(met) > 1 else met[0]
+    last = {way: each[-1].fit for way, each in tried.items()}
+    if all(search.within(way, asked, _wanted(search, fit)) is None for way, fit in last.items()):
+        raise _missed(search, asked, last)
+    return min((each[-1] for each in tried.values()), key=lambda found: found.fit.measured / found.fit.limit)
 
 
 def _wanted(search: Search, fit: Fit) -> float:
     """The limit for the table: moved by as much as it was off for the plan, and by as much as the machine has become
     slower since the table was made, which a limit in milliseconds feels."""
     dense = search.table.dense_ms
-    return min(fit.limit / fit.off * dense / fit.dense, dense)
+    return min(fit.limit / fit.table_off * dense / fit.dense, dense)
 
 
 def _missed(search: Search, asked: Target, fits: Mapping[Way, Fit]) -> BudgetError:
@@ -190,7 +214,7 @@ class _Check:
     def fits(
         self, plans: Mapping[Entry, PrunePlan], asked: Mapping[str, Target], factors: Mapping[Entry, float]
     ) -> dict[Entry, Fit]:
-        """Measure the plans against the dense model; predictions are multiplied by `factors`."""
+        """Measure the plans against the dense model. `factors`, of those that were tried before, correct the table."""
         from converters.surgery import compact
 
         files = {"dense": self.directory / "dense.onnx"}
@@ -201,10 +225,11 @@ class _Check:
             self.export(compact(self.model, plan, check_weights=False), files[str(entry)])
         report = self.search.place.time(files, min_rounds=MIN_ROUNDS, progress=self.progress)
         return {
-            entry: self._fit(report, entry, plan, asked[entry.name], factors[entry]) for entry, plan in plans.items()
+            entry: self._fit(report, entry, plan, asked[entry.name], factors.get(entry))
+            for entry, plan in plans.items()
         }
 
-    def _fit(self, report: LatencyReport, entry: Entry, plan: PrunePlan, asked: Target, factor: float) -> Fit:
+    def _fit(self, report: LatencyReport, entry: Entry, plan: PrunePlan, asked: Target, factor: float | None) -> Fit:
         table, dense, own = self.search.table, report["dense"].p50_ms, report[str(entry)]
         predicted = table.plan_ms(plan.counts(self.search.path.sites)) / table.dense_ms * dense
         budget: Measured = asked.budget  # type: ignore[assignment]
@@ -212,13 +237,14 @@ class _Check:
             budget,
             asked.value,
             asked.value if budget == "latency" else dense / asked.value,
-            predicted * factor,
+            predicted * (factor or 1.0),
             predicted,
             own.p50_ms,
             dense,
             (own.ratio.value, own.ratio.low, own.ratio.high),
-            False,
+            factor is not None,
             report.trusted,
+            str(entry.way),
         )
 
 

@@ -118,8 +118,8 @@ class LatencyEntry(_Part):
 
 class LatencyFitEntry(_Part):
     """How a member chosen by latency fits what was asked: the limit, what the table predicted (`uncorrected_ms`), that
-    corrected by a first check, and what the whole graph took beside the dense model, milliseconds per call. `met`:
-    within 3 % of the limit. `corrected`: the plan was chosen a second time after a first check. `past`: the graph is a
+    corrected by an earlier check, and what the whole graph took beside the dense model, milliseconds per call. `met`:
+    within 3 % of the limit. `corrected`: the plan was chosen anew after such a check. `past`: the graph is a
     decoder whose cache holds so many tokens; `precision` is that of the timed graphs."""
 
     runtime: Name

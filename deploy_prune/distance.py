@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deploy_prune.errors import GateError
@@ -43,19 +43,20 @@ def distance_of(
     limit = min(examples, task.calibration_size)
     batches = [batch.to(device) for batch in task.calibration(batch_size, limit, seed)]
 
-    def outputs(source: nn.Module) -> list[Tensor]:
+    def outputs(source: nn.Module) -> Iterator[Tensor]:
         with torch.no_grad():
-            return [task.signature.call(source, batch.inputs).float() for batch in batches]
+            for batch in batches:
+                yield task.signature.call(source, batch.inputs).float()
 
-    dense = outputs(model.eval().to(device))
+    dense = list(outputs(model.eval().to(device)))
     model.to(home)
 
     def distance(plan: PrunePlan) -> float:
         source = weights_of(plan).to(device).eval()
         with masked(source, sites, plan):
-            own = outputs(source)
+            own = outputs(source)  # one batch at a time
+            each = [task.distance(o, d, b).flatten() for o, d, b in zip(own, dense, batches, strict=True)]
         source.to(home)
-        each = [task.distance(o, d, b).flatten() for o, d, b in zip(own, dense, batches, strict=True)]
         mean = float(torch.cat(each).mean())
         if not mean < float("inf"):
             raise GateError(

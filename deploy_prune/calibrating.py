@@ -22,7 +22,7 @@ def calibrate_path(
     path: SolutionPath,
     *,
     moments: Moments | None = None,
-    examples: int = 256,
+    examples: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -42,7 +42,7 @@ def calibrate_path(
     from deploy_prune.plan import dense_plan
     from deploy_prune.refitting import refit
 
-    if examples < 1:
+    if examples is not None and examples < 1:
         raise UsageError("no examples to measure losses on", expected="at least 1", got=str(examples))
     given = dense_plan(path.model, path.weights_sha256, path.sites)
     given.validate_for(find_sites(model), weights_sha256(model), where="the path to calibrate")

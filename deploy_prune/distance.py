@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from deploy_prune.tasks import Task
     from deploy_prune.units import Site
 
-EXAMPLES = 256  # calibration examples; their distances to the dense model have no noise of labels in them
-
 
 def distance_of(
     model: nn.Module,
@@ -24,12 +22,13 @@ def distance_of(
     task: Task,
     weights_of: Callable[[PrunePlan], nn.Module],
     *,
-    examples: int = EXAMPLES,
+    examples: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Callable[[PrunePlan], float]:
-    """The mean of `task.distance` between `model` and the masked model of a plan, over calibration examples.
+    """The mean of `task.distance` between `model` and the masked model of a plan, over calibration examples, by default
+    `task.loss_examples` (distances to the dense model have no noise of labels in them, so that few are enough).
 
     `weights_of` gives a plan's dense-shaped weights, refitted or not. All is computed on `device`, by default that of
     `model`, where the model stays. Raises GateError when a plan's outputs are not finite.
@@ -40,7 +39,7 @@ def distance_of(
 
     home = next(model.parameters()).device
     device = device or home
-    limit = min(examples, task.calibration_size)
+    limit = min(examples or task.loss_examples, task.calibration_size)
     batches = [batch.to(device) for batch in task.calibration(batch_size, limit, seed)]
 
     def outputs(source: nn.Module) -> Iterator[Tensor]:

@@ -55,11 +55,12 @@ class SearchPart(Part):
     """sparsities at which what is left is judged again; null: the method's own"""
     options: dict[str, Any] = {}
     """of the method"""
-    calibrate: bool = False
-    """order the units of all kinds by losses that are measured for each kind after the search"""
-    loss_examples: Count = 256
-    """calibration examples on which losses of plans are measured, for `calibrate` and budgets of latency; no more than
-    the refit has"""
+    calibrate: bool | None = None
+    """order the units of all kinds by losses that are measured for each kind after the search; null: as the method
+    does, with one process for the whole model and `allocation: global`"""
+    loss_examples: Count | None = None
+    """calibration examples on which losses of plans are measured, for `calibrate` and budgets of latency; null: the
+    task's own, 256, of language models 8 windows; no more than the refit has"""
 
     @model_validator(mode="after")
     def _one_order(self) -> SearchPart:

@@ -44,7 +44,7 @@ HEADS_AND_NEURONS = ("head", "neuron")
 CONTESTANTS: dict[str, Contestant] = {
     c.name: c
     for c in (
-        Contestant("spp", "this project's default: search, basis and refit", "spp", "ridge", ours=True),
+        Contestant("spp", "this project's default: search, basis, calibration, refit", "spp", "ridge", ours=True),
         Contestant("obs", "ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983", "obs", "ridge", HEADS_AND_NEURONS),
         Contestant("kwon", "arXiv 2204.09656", "kwon", "scale", HEADS_AND_NEURONS),
         Contestant("flap", "arXiv 2312.11983", "flap", "mean", HEADS_AND_NEURONS),

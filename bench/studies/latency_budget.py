@@ -76,13 +76,16 @@ def main(
     from deploy_prune.latency.place import Place
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.choosing import search_of, timed_graph
+    from deploy_prune.pipeline.losses import calibrated, calibrates
     from deploy_prune.pipeline.searching import find_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.recipe import load_recipe
 
     setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
-    path = SolutionPath.load(file) if file else find_path(setup)
     moments = moments_of(setup)
+    path = SolutionPath.load(file) if file else find_path(setup)
+    if not file and calibrates(setup.recipe):
+        path = calibrated(setup, path, moments)
     place = Place(runtime, batch, seq, threads, past=past)
     check_timed(runtime, precision, past is not None)
     export = replace(timed_graph(setup), cache=past is not None, precision=precision)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,32 +251,49 @@ class Race:
         )
 
     def path(self, contestant: Contestant) -> SolutionPath:
-        """The contestant's path: searched, or as an earlier run of this race left it."""
-        from deploy_prune.methods import search
+        """The contestant's path: made, or as an earlier run of this race left it. Ours is calibrated as runs do it."""
+        if contestant.name not in self.paths:
+            path = self._kept(contestant.name, lambda: self._searched(contestant))
+            if contestant.ours:
+                path = self._kept(f"{contestant.name}-calibrated", lambda: self._calibrated(path))
+            self.paths[contestant.name] = path
+        return self.paths[contestant.name]
+
+    def _kept(self, name: str, make: Callable[[], SolutionPath]) -> SolutionPath:
         from deploy_prune.path import SolutionPath
+
+        file = self._path_file(name)
+        if file.exists():
+            return SolutionPath.load(file)
+        began = time.monotonic()
+        path = make()
+        self.result.head.setdefault("search_s", {})[name] = round(time.monotonic() - began, 1)
+        self.result.head.setdefault("options", {})[name] = dict(path.options)
+        path.save(file)
+        return path
+
+    def _searched(self, contestant: Contestant) -> SolutionPath:
+        from deploy_prune.methods import search
         from deploy_prune.saved_state import SavedState
 
         assert contestant.method is not None
-        file = self._path_file(contestant.name)
-        if contestant.name not in self.paths and file.exists():
-            self.paths[contestant.name] = SolutionPath.load(file)
-        if contestant.name not in self.paths:
-            began = time.monotonic()
-            path = search(
-                self.setup.model,
-                self.setup.task,
-                contestant.method,
-                examples=self.terms.examples,
-                batch_size=self.terms.batch_size,
-                precision="fp32",  # on a CPU without matrix units bf16 is the slower one
-                seed=self.setup.recipe.seed,
-                saved=SavedState(self.work / f"search-{contestant.name}", self.result.head["identity"]),
-            )
-            self.result.head.setdefault("search_s", {})[contestant.name] = round(time.monotonic() - began, 1)
-            self.result.head.setdefault("options", {})[contestant.name] = dict(path.options)
-            path.save(file)
-            self.paths[contestant.name] = path
-        return self.paths[contestant.name]
+        return search(
+            self.setup.model,
+            self.setup.task,
+            contestant.method,
+            examples=self.terms.examples,
+            batch_size=self.terms.batch_size,
+            precision="fp32",  # on a CPU without matrix units bf16 is the slower one
+            seed=self.setup.recipe.seed,
+            saved=SavedState(self.work / f"search-{contestant.name}", self.result.head["identity"]),
+        )
+
+    def _calibrated(self, path: SolutionPath) -> SolutionPath:
+        from deploy_prune.pipeline.losses import calibrated
+
+        found = calibrated(self.setup, path, self.moments(ours=True))
+        self.setup.model.to(self.setup.device)
+        return found
 
     def moments(self, *, ours: bool) -> Moments:
         """Moments of the calibration examples, as our refit takes them or, plain, as published corrections do."""
@@ -294,7 +312,8 @@ class Race:
         """Drop a contestant's rows and path."""
         self.result.drop(name)
         self.result.head["not_supported"].pop(name, None)
-        self._path_file(name).unlink(missing_ok=True)
+        for file in (name, f"{name}-calibrated"):
+            self._path_file(file).unlink(missing_ok=True)
         shutil.rmtree(self.work / f"search-{name}", ignore_errors=True)
 
     def _path_file(self, name: str) -> Path:

@@ -44,11 +44,11 @@ SEARCHES = (
     "--basis", type=click.Choice(["own", "principal"]), help="What a head's dimensions are.  [default: the method's]"
 )
 @click.option(
-    "--calibrate", is_flag=True, help="Order the units of all kinds by losses measured for each kind after the search."
+    "--calibrate/--no-calibrate",
+    default=None,
+    help="Order the units of all kinds by losses measured for each kind after the search.  [default: the method's]",
 )
-@click.option(
-    "--loss-examples", type=click.IntRange(1), default=256, show_default=True, help="Calibration examples of these."
-)
+@click.option("--loss-examples", type=click.IntRange(1), help="Calibration examples of these.  [default: the task's]")
 @click.option("--micro-batch", type=click.IntRange(1), help="Examples at once.  [default: a whole batch]")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again on the way back.")
 @click.option("--shard", is_flag=True, help="Spread the weights over the processes (FSDP).")
@@ -82,7 +82,7 @@ def command(
     """
     from deploy_prune.cli.inspect import describe_path
     from deploy_prune.path import SolutionPath
-    from deploy_prune.pipeline.losses import calibrated
+    from deploy_prune.pipeline.losses import calibrated, calibrates
     from deploy_prune.pipeline.searching import find_path, kept_path, moments_of
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
@@ -92,9 +92,9 @@ def command(
 
     distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
-    device, seed, calibrate = how.pop("device"), how.pop("seed"), how["calibrate"]
+    device, seed = how.pop("device"), how.pop("seed")
     compute = {name: how.pop(name) for name in ComputePart.model_fields}
-    if calibrate and compute["shard"]:
+    if how["calibrate"] and compute["shard"]:
         raise UsageError(
             "a path is calibrated on one process, which holds the whole model",
             expected="--calibrate without --shard",
@@ -119,6 +119,7 @@ def command(
         where="the command line",
     )
     setup = prepare(recipe, console.progress())
+    calibrate = calibrates(recipe)
     with file_workspace(output, mode or "new") as saved:
         path = kept_path(setup, saved) if calibrate else find_path(setup, saved)
         distributed.from_main(lambda: (calibrated(setup, path, moments_of(setup)) if calibrate else path).save(output))

@@ -49,6 +49,7 @@ METHODS: dict[str, Method] = {
             SppOptions,
             basis="principal",
             stages=(0.15, 0.3, 0.45, 0.6),
+            calibrated=True,
         ),
         Method(
             "layer-adaptive",

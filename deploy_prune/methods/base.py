@@ -203,8 +203,8 @@ class Method:
     """One registry entry: `run(context, options)` returns an importance per unit.
 
     `allocation` is how the path orders units across sites, `basis` which dimensions of a head its qk and vo units are
-    (basis.py), `stages` at which sparsities the units still there are judged again (staged.py), unless the user asks
-    otherwise.
+    (basis.py), `stages` at which sparsities the units still there are judged again (staged.py), `calibrated` whether a
+    run puts the kinds of the path in order by measured losses (kind_losses.py), unless the user asks otherwise.
     """
 
     name: str
@@ -214,3 +214,4 @@ class Method:
     allocation: Allocation = "global"
     basis: BasisName = "own"
     stages: tuple[float, ...] = ()
+    calibrated: bool = False

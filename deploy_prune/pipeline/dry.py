@@ -12,6 +12,7 @@ from deploy_prune.dynamic.options import UPDATES
 from deploy_prune.errors import DeployPruneError, UnavailableError
 from deploy_prune.pipeline.checks import check_model
 from deploy_prune.pipeline.decoders import check_cache
+from deploy_prune.pipeline.losses import calibrates
 from deploy_prune.pipeline.setup import check_names, local_data
 from deploy_prune.recipe import Recipe
 from deploy_prune.recovery.options import EPOCHS
@@ -116,7 +117,7 @@ def _stages(recipe: Recipe, members: Sequence[str]) -> list[str]:
     stages += [f"search: {search.method} on {examples} calibration examples, {search.precision}"]
     if recipe.refit.enabled:
         stages.append(f"moments: of {recipe.refit.examples or 'all'} calibration examples, for the refit")
-    if search.calibrate:
+    if calibrates(recipe):
         stages.append("calibrated path: losses of four plans of each unit kind, and the kinds ordered by them")
     if recipe.family.budget in MEASURED:
         place = recipe.family.latency

@@ -11,6 +11,7 @@ from deploy_prune.pipeline.setup import Setup
 if TYPE_CHECKING:
     from deploy_prune.path import SolutionPath
     from deploy_prune.plan import PrunePlan
+    from deploy_prune.recipe import Recipe
     from deploy_prune.refitting import Moments
 
 
@@ -19,7 +20,7 @@ def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Call
     from deploy_prune.distance import distance_of
 
     recipe = setup.recipe
-    examples = recipe.search.loss_examples
+    examples = recipe.search.loss_examples or setup.task.loss_examples
     return distance_of(
         setup.model,
         setup.sites,
@@ -32,10 +33,26 @@ def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Call
     )
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether the path that the recipe's search finds is calibrated: as asked, else as the method does where all units
+    have one order and one process holds the model."""
+    from deploy_prune import distributed
+    from deploy_prune.methods import METHODS
+
+    search = recipe.search
+    if search.calibrate is not None:
+        return search.calibrate
+    whole = not (recipe.compute.shard or distributed.sharded_by_launcher())
+    method = METHODS.get(search.method)
+    return method is not None and method.calibrated and search.allocation in (None, "global") and whole
+
+
 def calibrated(setup: Setup, path: SolutionPath, moments: Moments | None) -> SolutionPath:
-    """The path with the units of all kinds in order of their measured loss per parameter."""
+    """The path with the units of all kinds in order of their measured loss per parameter; of one kind as it is."""
     from deploy_prune.kind_losses import calibrated_path, measured_losses
 
+    if len(path.kinds(None)) == 1:
+        return path
     setup.model.cpu()
     losses = measured_losses(path, losses_of(setup, path, moments), progress=setup.progress)
     return calibrated_path(path, losses)

@@ -14,6 +14,7 @@ from deploy_prune.pipeline.bundling import assemble, is_bundle, made_by
 from deploy_prune.pipeline.checks import check_lengths, check_path, check_runtimes, checked_plans
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.learning import delta_stage
+from deploy_prune.pipeline.losses import calibrates
 from deploy_prune.pipeline.precisions import precision_stages
 from deploy_prune.pipeline.setup import Setup, prepare
 from deploy_prune.pipeline.staged import (
@@ -76,7 +77,7 @@ def run_recipe(
         setup, formed = variant_stage(workspace, setup)
         searched = search_stage(workspace, setup, path)
         moments = moments_stage(workspace, setup)
-        if recipe.search.calibrate and path is None:
+        if path is None and calibrates(recipe):
             searched = calibrate_stage(workspace, setup, searched, moments)
         dense = dense_stage(workspace, setup)
         chosen = choosing_stage(workspace, setup, searched, moments)

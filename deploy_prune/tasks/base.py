@@ -63,6 +63,7 @@ class Task(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     default_batch_size: ClassVar[int] = 64
+    loss_examples: ClassVar[int] = 256
 
     signature: Signature
 

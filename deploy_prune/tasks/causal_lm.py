@@ -34,6 +34,7 @@ class CausalLM(Task):
     name = "causal-lm"
     metrics = ("perplexity", AGREEMENT)
     default_batch_size = 4
+    loss_examples = 8  # windows
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class PromptedClassification(LabeledTexts):
 
     name = "prompted-classification"
     default_batch_size = 16
+    loss_examples = 64
 
     def __init__(
         self,

@@ -90,6 +90,21 @@ def test_decoders_that_lost_attentions_are_timed_on_caches_of_their_own(tmp_path
         replace(place, sequence=None).settled(save_mlp(tmp_path / "mlp.onnx"))
 
 
+def test_ranges_of_a_decoder_come_from_prompts_on_its_own_empty_caches(tmp_path: Path) -> None:
+    model = build("tiny_llama")
+    path = random_path(model, decoder_signature())
+    lost = {site.name: dict(site.counts) for site in path.sites if site.name != path.sites[0].name}
+    texts = {name: np.ones((2, 6), np.int64) for name in ("input_ids", "attention_mask")}
+    graph = Graph(decoder_signature(), cache=True, precision="int8-static", batches=[texts])
+    for name, own in {"dense": model, "lost": probe(model, path.sites, lost)}.items():
+        graph(own, tmp_path / f"{name}.onnx")
+        assert "DequantizeLinear" in nodes(tmp_path / f"{name}.onnx")
+    caches = [
+        sum("past" in spec.name for spec in graph_inputs(tmp_path / f"{name}.onnx")) for name in ("dense", "lost")
+    ]
+    assert caches[0] == caches[1] + 2  # keys and values
+
+
 @pytest.mark.parametrize(("cache", "cold"), [(None, False), (1, True), (1 << 40, False)])
 def test_a_model_larger_than_the_caches_has_its_table_measured_cold(
     cache: int | None, cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -60,7 +60,7 @@ def full(result: RaceResult) -> str:
     parts = [f"### {head['recipe']}", "", facts(result), "", *table(result), "", *verdicts(result)]
     if terms := training_of(result):
         parts += ["", f"After the same recovery, {terms}:", ""]
-        parts += [*verdicts(result, "recovered"), *untrained(result)]
+        parts += [*verdicts(result, "recovered"), *untrained(result), *trained_from(result)]
     parts += ["", *latencies(result)]
     for name, reason in head["not_supported"].items():
         parts.append(f"- {name} does not take part: {reason}.")
@@ -76,7 +76,7 @@ def section(results: Sequence[RaceResult]) -> str:
         parts += [f"**{title}**: {facts(result)}", "", *verdicts(result), ""]
         if terms := training_of(result):
             parts += [f"The best few after the same short recovery, {terms}:", ""]
-            parts += [*verdicts(result, "recovered"), *untrained(result), ""]
+            parts += [*verdicts(result, "recovered"), *untrained(result), *trained_from(result), ""]
         parts += [f"{name} does not take part: {why}.\n" for name, why in left_out(result).items()]
     return "\n".join(parts).strip()
 
@@ -97,6 +97,15 @@ def training_of(result: RaceResult) -> str:
             remedy="Train all of them again: the rows of one recovery replace those of another.",
         )
     return next(iter(found), "")
+
+
+def trained_from(result: RaceResult) -> list[str]:
+    """A sentence on sizes where ours was trained from a path that was not calibrated, as `path` of a row says."""
+    sizes = [row["asked"] for row in result.rows.values() if row.get("path") == "as searched"]
+    if not sizes:
+        return []
+    at = ", ".join(f"{asked:.0%}" for asked in sorted(sizes))
+    return ["", f"Ours at {at} was trained from its path as searched, and not yet from the calibrated one."]
 
 
 def untrained(result: RaceResult) -> list[str]:

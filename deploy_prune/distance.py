@@ -39,13 +39,14 @@ def distance_of(
 
     home = next(model.parameters()).device
     device = device or home
-    limit = min(examples or task.loss_examples, task.calibration_size)
+    limit = min(task.loss_examples if examples is None else examples, task.calibration_size)
     batches = [batch.to(device) for batch in task.calibration(batch_size, limit, seed)]
 
     def outputs(source: nn.Module) -> Iterator[Tensor]:
-        with torch.no_grad():
-            for batch in batches:
-                yield task.signature.call(source, batch.inputs).float()
+        for batch in batches:
+            with torch.no_grad():
+                found = task.signature.call(source, batch.inputs).float()
+            yield found
 
     dense = list(outputs(model.eval().to(device)))
     model.to(home)
@@ -61,7 +62,8 @@ def distance_of(
             raise GateError(
                 "a plan along the path gives outputs that are not finite",
                 where="the losses along a path",
-                remedy="Use more calibration examples or a larger ridge (refit.ridge).",
+                remedy="Use more calibration examples or a larger ridge (refit.ridge); or do without such losses, "
+                "search.calibrate=false.",
             )
         return mean
 

@@ -129,7 +129,11 @@ def loss_curve(
     finally:
         progress.finish()
     if len(measured) == 1:
-        raise BudgetError(f"no plan of this path reaches any sparsity of {kind} units", expected=f"{sparsities[0]:g}")
+        raise BudgetError(
+            f"no plan of this path reaches any sparsity of {kind} units",
+            expected=f"{sparsities[0]:g}",
+            remedy="Do without losses along the path: search.calibrate=false, and no budget of latency.",
+        )
     steps = [
         ((a[1] + b[1]) / 2, (b[3] - a[3]) / (b[2] - a[2]), b[2] - a[2]) for a, b in pairwise(measured) if b[2] > a[2]
     ]

@@ -60,7 +60,7 @@ class SearchPart(Part):
     does, with one process for the whole model and `allocation: global`"""
     loss_examples: Count | None = None
     """calibration examples on which losses of plans are measured, for `calibrate` and budgets of latency; null: the
-    task's own, 256, of language models 8 windows; no more than the refit has"""
+    task's own, 256, of language models 8 windows or 64 prompts; no more than the refit has"""
 
     @model_validator(mode="after")
     def _one_order(self) -> SearchPart:
@@ -70,7 +70,8 @@ class SearchPart(Part):
 
 
 class ComputePart(Part):
-    """How search and moments are computed, which changes results by rounding only."""
+    """How search and moments are computed, which changes results by rounding only, but that a sharded search's path is
+    not calibrated unless that is asked for."""
 
     micro_batch: Count | None = None
     """examples at once; null: the whole batch"""

@@ -19,7 +19,7 @@ from deploy_prune.path import SolutionPath
 from deploy_prune.pipeline.checks import check_path
 from deploy_prune.pipeline.dry import dry_run
 from deploy_prune.plan import PrunePlan
-from deploy_prune.recipe import recipe_from
+from deploy_prune.recipe import Recipe, recipe_from
 from deploy_prune.release.manifest import Manifest
 from deploy_prune.units import groups, unit_key
 
@@ -195,6 +195,37 @@ def test_what_was_searched_is_kept_where_only_its_calibration_changes(
     said = start("search.calibrate=false", "refit.enabled=false")
     assert "path: whole from an earlier run" in said
     assert CALIBRATED not in SolutionPath.load(out / "path.safetensors").options
+
+
+def test_spp_calibrates_where_one_process_holds_the_model_and_a_run_tells_the_two_apart() -> None:
+    from deploy_prune.pipeline.losses import calibrates, why_not
+    from deploy_prune.pipeline.run import run_fingerprint
+    from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.recipe import load_recipe
+
+    def of(*changes: str) -> Recipe:
+        return load_recipe("digits", [QUICK_RUN[0], *changes])
+
+    assert calibrates(of()) and not calibrates(of("search.calibrate=false"))
+    assert not calibrates(of("search.method=fisher")) and calibrates(
+        of("search.method=fisher", "search.calibrate=true")
+    )
+    for change, word in {"search.allocation=uniform": "uniform", "compute.shard=true": "processes"}.items():
+        assert not calibrates(of(change)) and word in why_not(of(change))
+    assert calibrates(of("compute.shard=true", "search.calibrate=true"))
+    setup = prepare(of())
+    assert run_fingerprint(setup, None) != run_fingerprint(replace(setup, recipe=of("compute.shard=true")), None)
+    assert run_fingerprint(setup, None) == run_fingerprint(replace(setup, recipe=of("compute.micro_batch=2")), None)
+
+
+def test_a_run_that_leaves_calibration_out_says_why(tmp_path: Path) -> None:
+    from deploy_prune.pipeline.run import run_recipe
+    from deploy_prune.recipe import load_recipe
+
+    said: list[str] = []
+    changes = ["search.method=spp", "search.calibrate=null", "search.allocation=uniform", "search.examples=32"]
+    run_recipe(load_recipe("digits", [*QUICK_RUN, *changes]), tmp_path / "out", note=said.append)
+    assert "the path is not calibrated: sites share the cut by allocation uniform" in said
 
 
 def test_a_path_is_calibrated_without_a_refit_too(tmp_path: Path) -> None:

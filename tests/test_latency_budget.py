@@ -312,7 +312,7 @@ def test_a_way_is_corrected_by_what_was_measured_of_it_alone(taken, tiny_vit, pa
     monkeypatch.setattr(Clockwork, "slow", "table")
     _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
     fit = fits["x"]
-    assert fit.met and fit.off == pytest.approx(1, rel=0.02)
+    assert fit.met and fit.measured == pytest.approx(fit.predicted, rel=0.02)
     assert (fit.corrected, fit.chosen_by) == (taken is Way.TABLE, str(taken))
 
 
@@ -341,6 +341,23 @@ def test_a_plan_measured_past_the_limit_is_not_taken_for_losing_less(tiny_vit, p
     fit = fits["x"]
     assert fit.chosen_by == "path" and fit.met and fit.corrected
     assert fit.predicted == pytest.approx(fit.measured, rel=0.02) == fit.uncorrected
+
+
+def test_where_no_plan_is_measured_within_the_limit_the_nearest_is_taken(
+    tiny_vit, path, clockwork, monkeypatch
+) -> None:
+    table = latency_table(tiny_vit, path.sites, path.costs, clockwork, size_as_time)
+    search = replace(a_search(path, table), place=clockwork)
+    drifts = iter([1.08, 1.2, 1.4])
+
+    def time(self: Clockwork, files: Any, **options: Any) -> LatencyReport:
+        drift = next(drifts)
+        return time_of(files, lambda name, file: int(file.read_text()) * (drift if ": " in name else 1.0))
+
+    monkeypatch.setattr(Clockwork, "time", time)
+    _, fits = fit_plans(search, {"x": ("speedup", 1.5)}, tiny_vit, size_as_time)
+    assert not fits["x"].met and not fits["x"].corrected
+    assert fits["x"].measured == pytest.approx(1.08 * fits["x"].uncorrected)
 
 
 def test_counts_of_a_choice_name_every_site(path: SolutionPath) -> None:

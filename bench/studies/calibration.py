@@ -41,7 +41,11 @@ def main(
     plain = SolutionPath.load(file)
     if CALIBRATED in plain.options:
         raise UsageError(
-            "this path is calibrated already", where=str(file), expected="a path as it was searched", got=CALIBRATED
+            "this path is calibrated already",
+            where=str(file),
+            expected="a path as it was searched",
+            got=CALIBRATED,
+            remedy="Search with --no-calibrate.",
         )
     setup = prepare(load_recipe(recipe, list(overrides)), progress=console.progress())
     dense_plan(plain.model, plain.weights_sha256, plain.sites).validate_for(setup.sites, setup.weights_sha256)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,9 +291,14 @@ class Race:
     def _calibrated(self, path: SolutionPath) -> SolutionPath:
         from deploy_prune.pipeline.losses import calibrated
 
-        found = calibrated(self.setup, path, self.moments(ours=True))
-        self.setup.model.to(self.setup.device)
-        return found
+        recipe = self.setup.recipe
+        examples = min(recipe.search.loss_examples or self.setup.task.loss_examples, self.terms.examples)
+        how = recipe.search.model_copy(update={"loss_examples": examples})
+        setup = replace(self.setup, recipe=recipe.model_copy(update={"search": how}))
+        try:
+            return calibrated(setup, path, self.moments(ours=True))
+        finally:
+            self.setup.model.to(self.setup.device)
 
     def moments(self, *, ours: bool) -> Moments:
         """Moments of the calibration examples, as our refit takes them or, plain, as published corrections do."""

@@ -81,20 +81,22 @@ def command(
     deploy_prune search ...`.
     """
     from deploy_prune.cli.inspect import describe_path
+    from deploy_prune.methods import METHODS
     from deploy_prune.path import SolutionPath
-    from deploy_prune.pipeline.losses import calibrated, calibrates
-    from deploy_prune.pipeline.searching import find_path, kept_path, moments_of
+    from deploy_prune.pipeline.losses import calibrated, calibrates, why_not
+    from deploy_prune.pipeline.searching import find_path, kept_path, moments_to, search_fingerprint
     from deploy_prune.pipeline.setup import prepare
     from deploy_prune.pipeline.workspace import file_workspace, refuse_foreign_file
     from deploy_prune.recipe import recipe_from
     from deploy_prune.recipe_parts import ComputePart
     from deploy_prune.recipe_text import settings_of, shares
+    from deploy_prune.refitting import load_moments
 
     distributed.from_main(lambda: refuse_foreign_file(output, SolutionPath.load, "solution path"))
     options = settings_of(settings, "--set") | ({"until_resolved": True} if until_resolved else {})
     device, seed = how.pop("device"), how.pop("seed")
     compute = {name: how.pop(name) for name in ComputePart.model_fields}
-    if how["calibrate"] and compute["shard"]:
+    if how["calibrate"] and (compute["shard"] or distributed.sharded_by_launcher()):
         raise UsageError(
             "a path is calibrated on one process, which holds the whole model",
             expected="--calibrate without --shard",
@@ -120,9 +122,16 @@ def command(
     )
     setup = prepare(recipe, console.progress())
     calibrate = calibrates(recipe)
+    if not calibrate and how["calibrate"] is None and METHODS[method].calibrated:
+        console.note(f"the path is not calibrated: {why_not(recipe)}")
     with file_workspace(output, mode or "new") as saved:
         path = kept_path(setup, saved) if calibrate else find_path(setup, saved)
-        distributed.from_main(lambda: (calibrated(setup, path, moments_of(setup)) if calibrate else path).save(output))
+        moments = saved / f"moments-{search_fingerprint(setup)[:16]}"
+        if calibrate:
+            moments_to(setup, moments)
+        distributed.from_main(
+            lambda: (calibrated(setup, path, load_moments(moments)) if calibrate else path).save(output)
+        )
     if not distributed.is_main():
         return
     report = describe_path(str(output))

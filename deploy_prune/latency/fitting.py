@@ -57,11 +57,6 @@ class Fit:
 
     @property
     def off(self) -> float:
-        """Measured over predicted."""
-        return self.measured / self.predicted
-
-    @property
-    def table_off(self) -> float:
         """Measured over what the table says."""
         return self.measured / self.uncorrected
 
@@ -147,7 +142,7 @@ def fit_plans(
         for _ in range(1 + CORRECTIONS):
             if not plans:
                 break
-            factors = {entry: tried[entry][-1].fit.table_off for entry in plans if tried[entry]}
+            factors = {entry: tried[entry][-1].fit.off for entry in plans if tried[entry]}
             for entry, fit in check.fits(plans, asked, factors).items():
                 tried[entry].append(Tried(plans[entry], fit))
             moved = {entry: _moved(search, asked[entry.name], entry.way, *tried[entry][-1]) for entry in plans}
@@ -168,22 +163,23 @@ def _moved(search: Search, asked: Target, way: Way, plan: PrunePlan, fit: Fit) -
 
 
 def _taken(search: Search, asked: Target, tried: Mapping[Way, Sequence[Tried]]) -> Tried:
-    """Of the plans measured within the limit the one that loses least. Where none is, the nearest to it of those last
-    tried; BudgetError where nothing faster is known."""
+    """Of the plans measured within the limit the one that loses least. Where none is, the nearest to it; BudgetError
+    where nothing faster is known."""
     met = [found for each in tried.values() for found in reversed(each) if found.fit.met]  # of equals the last counts
     if met:
         return min(met, key=lambda found: search.loss_of(found.plan)) if len(met) > 1 else met[0]
     last = {way: each[-1].fit for way, each in tried.items()}
     if all(search.within(way, asked, _wanted(search, fit)) is None for way, fit in last.items()):
         raise _missed(search, asked, last)
-    return min((each[-1] for each in tried.values()), key=lambda found: found.fit.measured / found.fit.limit)
+    every = [found for each in tried.values() for found in each]
+    return min(every, key=lambda found: found.fit.measured / found.fit.limit)
 
 
 def _wanted(search: Search, fit: Fit) -> float:
     """The limit for the table: moved by as much as it was off for the plan, and by as much as the machine has become
     slower since the table was made, which a limit in milliseconds feels."""
     dense = search.table.dense_ms
-    return min(fit.limit / fit.table_off * dense / fit.dense, dense)
+    return min(fit.limit / fit.off * dense / fit.dense, dense)
 
 
 def _missed(search: Search, asked: Target, fits: Mapping[Way, Fit]) -> BudgetError:

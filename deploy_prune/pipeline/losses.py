@@ -27,32 +27,38 @@ def losses_of(setup: Setup, path: SolutionPath, moments: Moments | None) -> Call
         setup.task,
         lambda plan: making.planned_weights(setup, plan, moments, path.basis),
         examples=min(examples, recipe.refit.examples or examples),
-        batch_size=recipe.refit.batch_size,
+        batch_size=recipe.compute.micro_batch or min(recipe.refit.batch_size, setup.task.default_batch_size),
         seed=recipe.seed,
         device=setup.device,
     )
 
 
 def calibrates(recipe: Recipe) -> bool:
-    """Whether the path that the recipe's search finds is calibrated: as asked, else as the method does where all units
-    have one order and one process holds the model."""
-    from deploy_prune import distributed
+    """Whether the path that the recipe's search finds is calibrated: as asked, else as the method does."""
     from deploy_prune.methods import METHODS
 
     search = recipe.search
     if search.calibrate is not None:
         return search.calibrate
-    whole = not (recipe.compute.shard or distributed.sharded_by_launcher())
     method = METHODS.get(search.method)
-    return method is not None and method.calibrated and search.allocation in (None, "global") and whole
+    return method is not None and method.calibrated and not why_not(recipe)
+
+
+def why_not(recipe: Recipe) -> str:
+    """Why a method that calibrates its paths does not do so here, unless it is asked for; else nothing."""
+    from deploy_prune import distributed
+
+    if recipe.search.allocation not in (None, "global"):
+        return f"sites share the cut by allocation {recipe.search.allocation}"
+    if recipe.compute.shard or distributed.sharded_by_launcher():
+        return "the weights are spread over processes, and it takes one that holds the whole model"
+    return ""
 
 
 def calibrated(setup: Setup, path: SolutionPath, moments: Moments | None) -> SolutionPath:
-    """The path with the units of all kinds in order of their measured loss per parameter; of one kind as it is."""
+    """The path with the units of all kinds in order of their measured loss per parameter."""
     from deploy_prune.kind_losses import calibrated_path, measured_losses
 
-    if len(path.kinds(None)) == 1:
-        return path
     setup.model.cpu()
     losses = measured_losses(path, losses_of(setup, path, moments), progress=setup.progress)
     return calibrated_path(path, losses)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from deploy_prune import distributed
 from deploy_prune.errors import UsageError
+from deploy_prune.methods import get_method
 from deploy_prune.pipeline import making
 from deploy_prune.pipeline.bundling import assemble, is_bundle, made_by
 from deploy_prune.pipeline.checks import check_lengths, check_path, check_runtimes, checked_plans
 from deploy_prune.pipeline.decoders import check_cache
 from deploy_prune.pipeline.learning import delta_stage
-from deploy_prune.pipeline.losses import calibrates
+from deploy_prune.pipeline.losses import calibrates, why_not
 from deploy_prune.pipeline.precisions import precision_stages
 from deploy_prune.pipeline.setup import Setup, prepare
 from deploy_prune.pipeline.staged import (
@@ -79,6 +80,8 @@ def run_recipe(
         moments = moments_stage(workspace, setup)
         if path is None and calibrates(recipe):
             searched = calibrate_stage(workspace, setup, searched, moments)
+        elif path is None and recipe.search.calibrate is None and get_method(recipe.search.method).calibrated:
+            note(f"the path is not calibrated: {why_not(recipe)}")
         dense = dense_stage(workspace, setup)
         chosen = choosing_stage(workspace, setup, searched, moments)
         members = member_stages(workspace, setup, searched, moments, dense, chosen)
@@ -117,4 +120,5 @@ def run_fingerprint(setup: Setup, path: SolutionPath | None) -> str:
     """What tells this run from any other: the recipe, weights, data, versions, and a given path."""
     given = None if path is None else path.content_sha256()
     recipe = setup.recipe.model_dump(mode="json", exclude={"compute"})
-    return fingerprint({"recipe": recipe, "identity": setup.identity, "path": given})
+    orders = {"calibrated": path is None and calibrates(setup.recipe)}  # which `compute` has a say in
+    return fingerprint({"recipe": recipe, "identity": setup.identity, "path": given, **orders})

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import assert_same_path
+from processes import assert_same_order
 
 from deploy_prune.cli.main import run_command
 from deploy_prune.path import SolutionPath
@@ -90,8 +90,10 @@ def test_a_killed_worker_stops_all_and_resume_goes_on_to_the_path_of_one_process
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr.count("wrote ") == 1, "the main process alone tells"
     assert out.read_bytes() == two.read_bytes()
-    paths = [SolutionPath.load(file).scores for file in (out, whole)]
-    assert_same_path(*paths)
+    found, alone = (SolutionPath.load(file).scores for file in (out, whole))
+    for kind in ("head", "qk", "vo", "neuron"):  # between kinds decide losses of 1e-8, of this model without training
+        own = ({k: v for k, v in scores.items() if k.endswith(f"/{kind}")} for scores in (found, alone))
+        assert_same_order(*own, least=0.99)
 
 
 @pytest.mark.slow

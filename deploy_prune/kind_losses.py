@@ -132,6 +132,7 @@ def loss_curve(
         raise BudgetError(
             f"no plan of this path reaches any sparsity of {kind} units",
             expected=f"{sparsities[0]:g}",
+            got="none",
             remedy="Do without losses along the path: search.calibrate=false, and no budget of latency.",
         )
     steps = [

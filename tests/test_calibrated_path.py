@@ -172,6 +172,13 @@ def test_a_run_calibrates_the_path_it_searched_and_keeps_the_search(tmp_path: Pa
     assert run_command(["-q", "verify", str(out)]) == 0
 
 
+def test_a_search_that_is_none_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("search", "python:deploy_prune.demo:digits_vit_untrained", "--task", "image-classification")
+    asked = [*model, "--data", "digits:train", "--method", "plan", "-o", str(tmp_path / "p")]
+    assert run_command(asked) == 2
+    assert "unknown method 'plan'" in capsys.readouterr().err
+
+
 def test_what_was_searched_is_kept_where_only_its_calibration_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

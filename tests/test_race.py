@@ -113,6 +113,9 @@ def test_a_report_says_who_of_the_best_was_not_trained(tmp_path):
         row = {**result.rows[f"{name}/own/0.3"], "form": "recovered", "steps": 9}
         result.add(row, result.values[f"{name}/own/0.3"])
     assert "**Not trained**, though the best other without training: fisher at 30%." in full(result)
+    assert "as searched" not in full(result)
+    result.rows["spp/recovered/0.3"]["path"] = "as searched"
+    assert "Ours at 30% was trained from its path as searched" in full(result)
 
 
 def test_the_terms_of_the_races_are_those_of_the_committed_ones():

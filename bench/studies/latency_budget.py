@@ -160,8 +160,8 @@ def rivals_of(
         files = dense | {key: write(key, compact(setup.model, p, check_weights=False)) for key, (_, p) in tried.items()}
         report = place.time(files, seed=correction, min_rounds=ROUNDS if last else 30, progress=setup.progress)
         off = {key: report[key].ratio.value / report[f"{name} latency"].ratio.value for key, (name, _) in tried.items()}
-        for name in plans:
-            wanted[name] /= off.get(f"{name} macs0", 1.0)
+        if not last:
+            wanted = {name: ms / off[f"{name} macs0"] for name, ms in wanted.items()}
     nearest: dict[str, tuple[str, PrunePlan]] = {}
     for key in sorted(tried, key=lambda key: abs(math.log(off[key]))):
         name, plan = tried[key]

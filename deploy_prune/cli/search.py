@@ -81,7 +81,7 @@ def command(
     deploy_prune search ...`.
     """
     from deploy_prune.cli.inspect import describe_path
-    from deploy_prune.methods import METHODS
+    from deploy_prune.methods import get_method
     from deploy_prune.path import SolutionPath
     from deploy_prune.pipeline.losses import calibrated, calibrates, why_not
     from deploy_prune.pipeline.searching import find_path, kept_path, moments_to, search_fingerprint
@@ -122,7 +122,7 @@ def command(
     )
     setup = prepare(recipe, console.progress())
     calibrate = calibrates(recipe)
-    if not calibrate and how["calibrate"] is None and METHODS[method].calibrated:
+    if not calibrate and how["calibrate"] is None and get_method(method).calibrated:
         console.note(f"the path is not calibrated: {why_not(recipe)}")
     with file_workspace(output, mode or "new") as saved:
         path = kept_path(setup, saved) if calibrate else find_path(setup, saved)

@@ -30,8 +30,8 @@ def calibrate_path(
     """The path with its units ordered, over all kinds, by the loss per parameter that was measured of their kind.
 
     The loss is the mean distance to the outputs of `model` on calibration `examples` (None: the task's own
-    number); give `moments` where the members will be refitted. Four plans of every kind are measured. Inside a kind the order stays.
-    Raises GateError when a plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity,
+    number); give `moments` where the members will be refitted. Four plans of every kind are measured. Inside
+    a kind the order stays. Raises GateError when a plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity,
     PlanError for a path of other weights, UsageError without examples.
     """
     from deploy_prune.adapters import find_sites

@@ -31,7 +31,9 @@ def calibrate_path(
 
     The loss is the mean distance to the outputs of `model` on calibration `examples` (None: the task's own
     number); give `moments` where the members will be refitted. Four plans of every kind are measured. Inside
-    a kind the order stays. Raises GateError when a plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity,
+    a kind the order stays.
+
+    Raises GateError when a plan's outputs are not finite, BudgetError when no plan of any kind reaches a sparsity,
     PlanError for a path of other weights, UsageError without examples.
     """
     from deploy_prune.adapters import find_sites

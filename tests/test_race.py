@@ -201,3 +201,20 @@ def test_a_score_by_counts_is_that_of_repeated_examples(metric):
     often = generator.integers(0, 4, 40)
     expected = SCORES[metric][0](np.repeat(rows, often, axis=0))
     assert counted(metric, rows)(often.astype(float)) == pytest.approx(expected)
+
+
+def test_two_plans_are_compared_by_their_metric_over_the_same_examples() -> None:
+    from bench.studies.judging import metric_difference
+
+    generator = np.random.default_rng(3)
+    scores = generator.normal(size=200)
+    near = np.stack([scores + 0.1 * generator.normal(size=200), scores], 1)
+    far = np.stack([scores + 2.0 * generator.normal(size=200), scores], 1)
+    found = metric_difference("spearman", near, far)
+    assert found["unit"] == "points" and 0 < found["low"] < found["difference"] < found["high"] < 100
+    assert found["difference"] == pytest.approx(found["ours"] - found["rival"])
+    same = metric_difference("spearman", near, near)
+    assert (same["low"], same["difference"], same["high"]) == (0, 0, 0)
+    texts = np.stack([np.full(8, 30.0), np.full(8, 10.0)], 1)  # nats of tokens, tokens
+    better = metric_difference("perplexity", texts, texts + np.array([5.0, 0.0]))
+    assert better["unit"] == "nats" and better["difference"] == pytest.approx(0.5)

@@ -26,7 +26,7 @@ def main(
     recipe: str, overrides: tuple[str, ...], file: Path, sparsities: tuple[float, ...], limit: int | None, out: Path
 ) -> None:
     from bench.environment import environment
-    from bench.studies.judging import difference, judge_all
+    from bench.studies.judging import difference, judge_all, metric_difference
     from deploy_prune.cli import console
     from deploy_prune.errors import UsageError
     from deploy_prune.files import write_json
@@ -57,16 +57,14 @@ def main(
     plans = {f"{s:g} {which}": path.plan(s) for s in sparsities for which, path in paths.items()}
     judged = judge_all(setup, plain, moments, plans, limit)
     rows = judged["rows"]
-    pairs: list[dict[str, Any]] = [
-        {
-            "sparsity": s,
-            **{
-                what: difference(rows[f"{s:g} calibrated"][what], rows[f"{s:g} plain"][what], ("calibrated", "plain"))
-                for what in ("metric", "loss", "distance")
-            },
-        }
-        for s in sparsities
-    ]
+    names = ("calibrated", "plain")
+    pairs: list[dict[str, Any]] = []
+    for s in sparsities:
+        a, b = (rows[f"{s:g} {which}"] for which in names)
+        metric = metric_difference(judged["metric"], a["metric"], b["metric"], names)
+        pairs.append(
+            {"sparsity": s, "metric": metric, **{w: difference(a[w], b[w], names) for w in ("loss", "distance")}}
+        )
     write_json(
         out,
         {

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def judge_all(
     setup: Setup, path: SolutionPath, moments: Any, plans: Mapping[str, PrunePlan], limit: int | None
 ) -> dict[str, Any]:
-    """Metric, loss and distance to dense of every refitted plan on the evaluation data, and their values per row."""
+    """Metric, loss and distance to dense of every refitted plan on the evaluation data, and their values per row;
+    `metric` is its name."""
     import numpy as np
     import torch
 
@@ -54,15 +55,13 @@ def judge_all(
             "distance": float(rows[name]["distance"].mean()),
         }
         click.echo(f"{name}: {quality.metric} {quality.value:.4f}, loss {figures[name]['loss']:.4f}", err=True)
-    return {"figures": figures, "rows": rows}
+    return {"metric": quality.metric, "figures": figures, "rows": rows}
 
 
 def difference(ours: np.ndarray, rival: np.ndarray, names: tuple[str, str] = ("ours", "rival")) -> dict[str, float]:
     """Means under their names, their difference and its 95 % interval, a bootstrap over rows."""
     import numpy as np
 
-    if ours.ndim > 1:
-        return {}
     each = ours - rival
     generator = np.random.default_rng(0)
     means = each[generator.integers(0, len(each), (2000, len(each)))].mean(1)
@@ -73,6 +72,26 @@ def difference(ours: np.ndarray, rival: np.ndarray, names: tuple[str, str] = ("o
         "difference": float(each.mean()),
         "low": float(low),
         "high": float(high),
+    }
+
+
+def metric_difference(
+    metric: str, ours: np.ndarray, rival: np.ndarray, names: tuple[str, str] = ("ours", "rival")
+) -> dict[str, Any]:
+    """As `difference`, of a metric that races know: in points, of perplexity in nats, higher is better."""
+    from bench.studies.race_analysis import SCORES, paired_rows
+
+    if metric not in SCORES:
+        return difference(ours, rival, names)
+    score, unit = SCORES[metric]
+    apart = paired_rows(metric, rival, ours)
+    return {
+        "unit": unit,
+        names[0]: score(ours),
+        names[1]: score(rival),
+        "difference": apart.value,
+        "low": apart.low,
+        "high": apart.high,
     }
 
 

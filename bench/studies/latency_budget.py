@@ -22,7 +22,6 @@ import click
 from deploy_prune.precision_options import Precision
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from bench.latency_table import LatencyTable
@@ -105,7 +104,7 @@ def main(
         "fits": {name: fit.to_json() for name, fit in fits.items()},
         "timed": report.to_json(),
         "quality": judged["figures"],
-        "pairs": [pair(report, judged["rows"], name, plans[name], rivals[name]) for name in plans],
+        "pairs": [pair(report, judged, name, plans[name], rivals[name]) for name in plans],
         "align": align,
         "precision": precision,
         "environment": environment(),
@@ -113,11 +112,15 @@ def main(
     write_json(out, result)
     for row in result["pairs"]:
         quality = {which: judged["figures"][f"{row['target']} {which}"]["value"] for which in ("latency", "macs")}
+        metric, loss = (
+            f"{row[what]['difference']:+.4f} [{row[what]['low']:+.4f}, {row[what]['high']:+.4f}]"
+            for what in ("metric", "loss")
+        )
         click.echo(
             f"{row['target']:6} MACs {row['macs']['latency']:,} and {row['macs']['macs']:,}; "
             f"time of the MAC plan over ours {row['time']['value']:.3f}; metric {quality['latency']:.4f} and "
-            f"{quality['macs']:.4f}; loss {row['loss']['latency']:.4f} and {row['loss']['macs']:.4f} "
-            f"(difference {row['loss']['difference']:+.4f} [{row['loss']['low']:+.4f}, {row['loss']['high']:+.4f}])"
+            f"{quality['macs']:.4f} (difference in {row['metric'].get('unit', 'itself')} {metric}); "
+            f"loss {row['loss']['latency']:.4f} and {row['loss']['macs']:.4f} (difference {loss})"
         )
 
 
@@ -181,7 +184,7 @@ def mac_plan(path: SolutionPath, table: LatencyTable, ms: float, align: int) -> 
 
 def pair(
     report: LatencyReport,
-    rows: Mapping[str, Mapping[str, np.ndarray]],
+    judged: Mapping[str, Any],
     name: str,
     ours: PrunePlan,
     rival: tuple[str, PrunePlan],
@@ -190,7 +193,7 @@ def pair(
     from dataclasses import asdict
 
     from bench.stats import ratio_of_medians
-    from bench.studies.judging import difference
+    from bench.studies.judging import difference, metric_difference
 
     timed, plan = rival
     assert ours.achieved is not None and plan.achieved is not None
@@ -205,8 +208,11 @@ def pair(
         "macs": {which: plan.macs for which, plan in plans.items()},
         "params": {which: plan.params for which, plan in plans.items()},
     }
-    for figure in ("metric", "loss", "distance"):
-        found[figure] = difference(rows[a][figure], rows[b][figure], ("latency", "macs"))
+    mine, theirs = judged["rows"][a], judged["rows"][b]
+    names = ("latency", "macs")
+    found["metric"] = metric_difference(judged["metric"], mine["metric"], theirs["metric"], names)
+    for figure in ("loss", "distance"):
+        found[figure] = difference(mine[figure], theirs[figure], names)
     return found
 
 

@@ -82,8 +82,14 @@ def paired(result: RaceResult, ours: str, other: str, *, seed: int = 0, resample
     The same examples are drawn with replacement for both, so that what makes an example hard for both cancels (Efron
     and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
     """
-    a, b = (counted(result.head["metric"], result.per_example(key)) for key in (ours, other))
-    n = len(result.per_example(ours))
+    rows = result.per_example(ours), result.per_example(other)
+    return paired_rows(result.head["metric"], *rows, seed=seed, resamples=resamples)
+
+
+def paired_rows(metric: str, ours: Array, other: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
+    """As `paired`, of values of the same examples: (n,), or (n, columns) where the metric takes several."""
+    a, b = counted(metric, ours), counted(metric, other)
+    n = len(ours)
     generator = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for i in range(resamples):

@@ -31,6 +31,11 @@ class PrecisionOptions(BaseModel):
         False,
         description="int8-dynamic, int8-static: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate",
     )
+    rounding: Literal["compensated", "nearest"] = Field(
+        "compensated",
+        description="int4-weight-only: weights make up for each other's rounding on the calibration examples, or each "
+        "is rounded to the nearest",
+    )
     keep: list[str] = Field([], description="names or patterns of nodes (of the fp32 file) that stay in fp32")
     keep_decoder: list[str] = Field(
         [], description="the same of the decoders with a cache, whose nodes have names of their own"

@@ -15,11 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from packaging import version
 
 from converters.precision import Limit, convert_precision
-from converters.precision.blocks import BLOCK, packed, unpacked
+from converters.precision.blocks import BLOCK, FURTHEST, fitted_range, packed, unpacked
+from converters.precision.compensated import Inputs
 from converters.precision.int8 import FROM
 from converters.precision.proof import prove
 from converters.precision.stored import stored_faults
-from deploy_prune.errors import ParityError, UnsupportedModelError
+from deploy_prune.errors import ArtifactError, ParityError, UnsupportedModelError, UsageError
 
 BOTH = {"int8-weight-only": 8, "int4-weight-only": 4}
 needs_kernels = pytest.mark.skipif(
@@ -45,6 +46,118 @@ def test_every_weight_is_the_nearest_of_its_block(n: int, k: int, bits: int, see
     values, step = found
     assert values.shape == rows.shape and (np.abs(values - rows) <= 0.501 * step).all()
     assert np.isfinite(values).all() and (values[rows == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 150), st.integers(1, 200), st.integers(0, 99), st.sampled_from([0, 1, 1e6]))
+def test_compensated_weights_are_moved_no_further_than_a_file_may_be_off(
+    n: int, k: int, tokens: int, seed: int, size: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal((n, k)).astype(np.float32)
+    x = generator.standard_normal((tokens, 3)) @ generator.standard_normal((3, k)) * size  # far from full rank
+    found = unpacked(*packed(rows, 4, Inputs.of(x.T @ x)), k)
+    assert found is not None
+    values, step = found
+    assert np.isfinite(values).all() and (np.abs(values - rows) <= (FURTHEST + 1e-3) * step).all()
+
+
+def test_compensation_lowers_the_error_of_outputs_where_inputs_go_together() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((48, 160)).astype(np.float32)
+    x = generator.standard_normal((900, 160)) @ (np.eye(160) + generator.standard_normal((160, 160)) / 10)
+
+    def error(inputs: Inputs | None, of: np.ndarray) -> float:
+        found = unpacked(*packed(rows, 4, inputs), 160)
+        assert found is not None
+        return float(np.linalg.norm(of @ (rows - found[0]).T))
+
+    assert error(Inputs.of(x.T @ x), x) < 0.85 * error(None, x)
+    sizes = np.arange(1.0, 161, dtype=np.float32)
+    apart = Inputs.of(np.diag(sizes**2))
+    assert error(apart, np.diag(sizes)) < error(None, np.diag(sizes))
+    found = unpacked(*packed(rows, 4, apart), 160)  # nothing to make up: each to the nearest, but beyond the range
+    assert found is not None and (np.abs(found[0] - rows) > 0.501 * found[1]).mean() < 0.1
+
+
+def test_the_range_of_a_block_is_the_one_that_loses_least() -> None:
+    w = np.random.default_rng(1).standard_normal((6, 4, 32)).astype(np.float32)
+    felt = np.ones((4, 32), np.float32)
+
+    def lost(scale: np.ndarray, zero: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        q = np.clip(np.rint(w / scale[..., None]) + zero[..., None], 0, 15)
+        return np.asarray((weight * (w - scale[..., None] * (q - zero[..., None])) ** 2).sum(-1))
+
+    low, high = w.min(-1), w.max(-1)
+    plain = (high - low) / 15
+    whole = plain, np.rint(-low / plain)
+    assert (lost(*fitted_range(w, felt), felt) <= lost(*whole, felt) + 1e-6).all()
+    felt[:, 5] = 1e4  # one input that is felt above all others
+    one = np.zeros_like(felt)
+    one[:, 5] = 1
+    assert lost(*fitted_range(w, felt), one).mean() < 0.3 * lost(*whole, one).mean()
+
+
+def test_second_moments_are_those_of_what_a_graph_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from converters.precision import second_moments as module
+
+    model = onnx.load(language_model(tmp_path / "m.onnx", tied=False))
+    batches = [*ids(), {"ids": np.random.default_rng(2).integers(0, 600, (3, 4))}]
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    x = np.concatenate([stored["table"][batch["ids"].ravel()] for batch in batches])
+    a = np.maximum(x @ stored["up.T"], 0)
+    passes = []
+    monkeypatch.setattr(module, "_summed", lambda *args, own=module._summed: passes.append(1) or own(*args))
+    for at_once, many in ((2**30, 1), (1, 2)):
+        monkeypatch.setattr(module, "_AT_ONCE", at_once)
+        passes.clear()
+        found = module.second_moments(model, tmp_path, {"x": 64, "a": 96}, batches)
+        assert found["x"] == pytest.approx(x.T @ x, abs=1e-4) and found["a"] == pytest.approx(a.T @ a, abs=1e-4)
+        assert len(passes) == many
+    monkeypatch.setattr(module, "ENOUGH", 18 / 96)  # vectors of the first batch for each dimension
+    assert module.second_moments(model, tmp_path, {"a": 96}, batches)["a"] == pytest.approx(a[:18].T @ a[:18], abs=1e-4)
+    (table,) = (i for i in model.graph.initializer if i.name == "up.T")
+    table.CopyFrom(numpy_helper.from_array(np.full((64, 96), np.float32(3e38)), "up.T"))
+    with pytest.raises(ArtifactError, match="NaN or infinity"):
+        module.second_moments(model, tmp_path, {"a": 96}, batches)
+
+
+@needs_kernels
+def test_four_bits_are_rounded_as_asked(tmp_path: Path) -> None:
+    twin = language_model(tmp_path / "m.onnx", tied=True)
+    made = {}
+    for rounding in ("compensated", "nearest"):
+        target = tmp_path / f"{rounding}.onnx"
+        report = convert_precision(twin, target, "int4-weight-only", ids(), limit=loose(), rounding=rounding)  # type: ignore[arg-type]
+        assert stored_faults(twin, target, "int4-weight-only") == [] and set(report.quantized) == {"up", "down", "head"}
+        made[rounding] = {i.name: numpy_helper.to_array(i) for i in onnx.load(target).graph.initializer}
+    compensated, nearest = made["compensated"], made["nearest"]
+    changed = {name for name in nearest if (compensated[name] != nearest[name]).any()}
+    assert {"up.T_Transposed_quantized", "down_quantized"} < changed and not changed & {
+        name for name in nearest if name.startswith("table")
+    }
+    with pytest.raises(UsageError, match="no rounding 'up'"):
+        convert_precision(twin, tmp_path / "w.onnx", "int4-weight-only", ids(), rounding="up")  # type: ignore[arg-type]
+
+
+@needs_kernels
+def test_a_weight_of_two_layers_is_rounded_for_the_inputs_of_both(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", "x w", "h"),
+        node("Tanh", "h", "t"),
+        node("MatMul", "t w", "z"),
+        node("Tanh", "z", "u"),
+        node("MatMul", "u v", "y"),
+    ]
+    x = np.random.default_rng(5).standard_normal((400, 64)).astype(np.float32)
+    x[:, 1:] += x[:, :1]
+    twin = graph_of(tmp_path / "m.onnx", nodes, {"w": square(), "v": square(1)})
+    convert_precision(twin, tmp_path / "w.onnx", "int4-weight-only", [{"x": x}], limit=loose())
+    t = np.tanh(x @ square())
+    q, scale, zero = packed(square().T, 4, Inputs.of(x.T @ x + t.T @ t))
+    held = {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / "w.onnx").graph.initializer}
+    assert (held["w_Transposed_scale"] == scale).all() and (held["w_Transposed_zero_point"] == zero).all()
+    assert (held["w_Transposed_quantized"] == q).mean() > 0.98  # sums in another order round others
 
 
 def language_model(path: Path, *, tied: bool, width: int = 64, vocabulary: int = 600, bias: bool = True) -> Path:

@@ -13,6 +13,7 @@ from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
 from converters.precision.integers import to_integers
 from converters.precision.proof import Asked, PrecisionParity, asked_of, prove
+from converters.precision.weight_only import Rounding
 from deploy_prune.errors import UnsupportedModelError, UsageError
 from deploy_prune.files import atomic_file, existing, sha256_file
 
@@ -58,6 +59,7 @@ def convert_precision(
     calibrate: Calibrate = "minmax",
     percentile: float = 99.999,
     reduce_range: bool = False,
+    rounding: Rounding = "compensated",
     agree: Agree | None = None,
     mask: str | None = None,
     limit: Limit | None = None,
@@ -68,12 +70,12 @@ def convert_precision(
 ) -> PrecisionReport:
     """Write the fp32 ONNX file `source` in another precision to `target`, and prove the two equal (see `prove`).
 
-    `calibration` are batches of real inputs: int8-static takes its ranges from them, the half precisions are checked
-    for overflow on them, and predictions are compared on them. `keep` are names or patterns of nodes that stay in fp32;
-    with `overflow="keep"` so do those around values too large for the format, which are refused otherwise. `caches` are
-    inputs and outputs of the graph that a half precision has in its format, and that may be empty. A graph that is not
-    asked in one call comes with how it is (`asked`), and the `questions` that take the place of `calibration` then.
-    `where` names it in errors.
+    `calibration` are batches of real inputs: int8-static takes its ranges from them, int4-weight-only what it rounds
+    weights for (`rounding`), the half precisions are checked for overflow on them, and predictions are compared on
+    them. `keep` are names or patterns of nodes that stay in fp32; with `overflow="keep"` so do those around values too
+    large for the format, which are refused otherwise. `caches` are inputs and outputs of the graph that a half
+    precision has in its format, and that may be empty. A graph that is not asked in one call comes with how it is
+    (`asked`), and the `questions` that take the place of `calibration` then. `where` names it in errors.
     Raises UnsupportedModelError (overflow, nothing to convert), ParityError when the file is not its twin, UsageError,
     ArtifactError for a damaged `source`.
     """
@@ -81,6 +83,7 @@ def convert_precision(
     check_precision_name(precision)
     check_option("overflow", overflow, get_args(Overflow))
     check_option("calibrate", calibrate, get_args(Calibrate))
+    check_option("rounding", rounding, get_args(Rounding))
     if not 50 < percentile <= 100:
         raise UsageError("no such percentile", expected="above 50, at most 100", got=str(percentile))
     if isinstance(keep, str):
@@ -101,6 +104,7 @@ def convert_precision(
                 calibrate=calibrate,
                 percentile=percentile,
                 reduce_range=reduce_range,
+                rounding=rounding,
             )
             facts = {"quantized": made.nodes, "tables": made.tables, "kept": dict.fromkeys(made.kept, "asked for")}
         nodes = _sign(temporary, precision)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from converters.precision.formats import WEIGHT_ONLY, Precision
 from converters.precision.int8 import Calibrate, Quantized, quantize
-from converters.precision.weight_only import quantize_weights
+from converters.precision.weight_only import Rounding, quantize_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +24,12 @@ def to_integers(
     calibrate: Calibrate,
     percentile: float,
     reduce_range: bool,
+    rounding: Rounding,
 ) -> Quantized:
-    """Write the fp32 file `source` in one of the integer precisions to `target`; `batches` are for int8-static. Raises
-    NoLayerError for a graph without a linear layer."""
+    """Write the fp32 file `source` in one of the integer precisions to `target`; `batches` are for int8-static and for
+    int4-weight-only with compensated rounding. Raises NoLayerError for a graph without a linear layer."""
     if precision in WEIGHT_ONLY:
-        return quantize_weights(source, target, precision, keep)
+        return quantize_weights(source, target, precision, keep, batches if rounding == "compensated" else ())
     return quantize(
         source,
         target,

@@ -52,6 +52,7 @@ def write_timed(
                 calibrate=calibrate,
                 percentile=percentile,
                 reduce_range=reduce_range,
+                rounding="nearest",  # which takes as long to run
             )
     except NoLayerError:
         shutil.copyfile(source, target)

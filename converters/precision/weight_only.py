@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from converters.cache import is_cache
 from converters.precision.blocks import BLOCK, packed
+from converters.precision.compensated import Inputs
 from converters.precision.given import matching
 from converters.precision.int8 import (
     LINEAR,
@@ -28,12 +29,14 @@ from converters.precision.int8 import (
     Quantized,
     check_version,
 )
+from converters.precision.second_moments import second_moments
 from converters.variants import CONTRIB
 from deploy_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import onnx
 
+Rounding = Literal["compensated", "nearest"]
 BITS = {"int8-weight-only": 8, "int4-weight-only": 4}
 _SMALL_TABLE = 65536  # bytes; a smaller table gains nothing
 _OLDEST = 13  # opset in which Unsqueeze takes its axes as they are written here
@@ -58,8 +61,16 @@ class _Layer:
         return self.node.name or self.node.output[0]
 
 
-def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[str] = ()) -> Quantized:
-    """Write an fp32 file with its linear layers' weights in 8 or 4 bits. `keep` are names or patterns of nodes.
+def quantize_weights(
+    source: Path,
+    target: Path,
+    precision: str,
+    keep: Sequence[str] = (),
+    batches: Sequence[Mapping[str, np.ndarray]] = (),
+) -> Quantized:
+    """Write an fp32 file with its linear layers' weights in 8 or 4 bits. `keep` are names or patterns of nodes. In 4
+    bits and with calibration `batches` weights make up for each other's rounding (compensated.py); else each is
+    rounded to the nearest.
 
     Raises UnavailableError for an onnxruntime that cannot run it, UnsupportedModelError when no layer is left to
     quantise, or the graph is none that this can be done to, UsageError for a pattern that names no node.
@@ -80,6 +91,8 @@ def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[
     tables = _tables(graph, kept, chosen)
     outer = _outermost(graph)
     fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)
+    rounded = [layer for layer in chosen.values() if layer.weight not in fine and BITS[precision] == 4]
+    inputs = _inputs_of(rounded, model, source, stored, batches) if batches else {}
     made: dict[str, list[str]] = {}  # what a weight is called, turned or not -> the names of its parts
 
     def store(weight: str, by_row: bool) -> list[str]:
@@ -90,7 +103,8 @@ def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[
                 raise UnsupportedModelError(
                     "a weight is not finite", where=str(source), got=weight, remedy="Keep its node in fp32 by name."
                 )
-            q, scale, zero = packed(values if by_row else values.T, 8 if weight in fine else BITS[precision])
+            bits = 8 if weight in fine else BITS[precision]
+            q, scale, zero = packed(values if by_row else values.T, bits, inputs.get(weight))
             parts: dict[str, np.ndarray] = {base + QUANTIZED: q, base + SCALE: scale}
             if zero is not None:
                 parts[base + ZERO_POINT] = zero
@@ -125,6 +139,24 @@ def quantize_weights(source: Path, target: Path, precision: str, keep: Sequence[
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     target.write_bytes(model.SerializeToString(deterministic=True))
     return Quantized(tuple(layer.name for layer in chosen.values()), tuple(sorted(kept)), tuple(tables))
+
+
+def _inputs_of(
+    layers: Sequence[_Layer],
+    model: onnx.ModelProto,
+    source: Path,
+    stored: dict[str, onnx.TensorProto],
+    batches: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, Inputs]:
+    """Weight -> what is known of what its layers read."""
+    read: dict[str, list[str]] = {}
+    for layer in layers:
+        read.setdefault(layer.weight, []).append(layer.node.input[0])
+    widths = {layer.node.input[0]: _widths(layer, stored)[0] for layer in layers}
+    found = second_moments(model, source, widths, batches)
+    together = {tuple(names) for names in read.values()}
+    known = {names: Inputs.of(np.sum([found[name] for name in names], axis=0)) for names in together}
+    return {weight: known[tuple(names)] for weight, names in read.items()}
 
 
 def _check_opset(model: onnx.ModelProto, source: Path) -> None:

@@ -214,6 +214,7 @@ def options_of(setup: Setup, precision: str) -> dict[str, Any]:
         "calibrate": how.calibrate,
         "percentile": how.percentile,
         "reduce_range": how.reduce_range,
+        "rounding": how.rounding,
         "agree": _agree(setup),
         "limit": limit_of(setup, precision),
     }

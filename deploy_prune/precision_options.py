@@ -36,6 +36,10 @@ class PrecisionOptions(BaseModel):
         description="int4-weight-only: weights make up for each other's rounding on the calibration examples, or each "
         "is rounded to the nearest",
     )
+    block: Literal[32, 64, 128] = Field(
+        32,
+        description="weight-only: weights that share a scale; fewer are more exact, more are faster on some CPUs",
+    )
     keep: list[str] = Field([], description="names or patterns of nodes (of the fp32 file) that stay in fp32")
     keep_decoder: list[str] = Field(
         [], description="the same of the decoders with a cache, whose nodes have names of their own"

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from packaging import version
 
 from converters.precision import Limit, convert_precision
-from converters.precision.blocks import BLOCK, FURTHEST, fitted_range, packed, unpacked
+from converters.precision.blocks import BLOCKS, FURTHEST, fitted_range, packed, unpacked
 from converters.precision.compensated import Inputs
 from converters.precision.int8 import FROM
 from converters.precision.proof import prove
@@ -32,15 +32,18 @@ each = pytest.mark.parametrize("precision", BOTH)
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 5),
-    st.integers(1, 100),
+    st.integers(1, 300),
     st.sampled_from([4, 8]),
+    st.sampled_from(BLOCKS),
     st.integers(0, 99),
     st.sampled_from([0, 1e-30, 1, 1e6]),
 )
-def test_every_weight_is_the_nearest_of_its_block(n: int, k: int, bits: int, seed: int, size: float) -> None:
+def test_every_weight_is_the_nearest_of_its_block(
+    n: int, k: int, bits: int, block: int, seed: int, size: float
+) -> None:
     rows = (np.random.default_rng(seed).standard_normal((n, k)) * size).astype(np.float32)
-    q, scale, zero = packed(rows, bits)
-    assert q.shape == (n, -(-k // BLOCK), BLOCK * bits // 8) and scale.shape == q.shape[:2]
+    q, scale, zero = packed(rows, bits, block=block)
+    assert q.shape == (n, -(-k // block), block * bits // 8) and scale.shape == q.shape[:2]
     found = unpacked(q, scale, zero, k)
     assert found is not None
     values, step = found
@@ -49,14 +52,21 @@ def test_every_weight_is_the_nearest_of_its_block(n: int, k: int, bits: int, see
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 4), st.integers(1, 150), st.integers(1, 200), st.integers(0, 99), st.sampled_from([0, 1, 1e6]))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 150),
+    st.integers(1, 200),
+    st.sampled_from(BLOCKS),
+    st.integers(0, 99),
+    st.sampled_from([0, 1, 1e6]),
+)
 def test_compensated_weights_are_moved_no_further_than_a_file_may_be_off(
-    n: int, k: int, tokens: int, seed: int, size: float
+    n: int, k: int, tokens: int, block: int, seed: int, size: float
 ) -> None:
     generator = np.random.default_rng(seed)
     rows = generator.standard_normal((n, k)).astype(np.float32)
     x = generator.standard_normal((tokens, 3)) @ generator.standard_normal((3, k)) * size  # far from full rank
-    found = unpacked(*packed(rows, 4, Inputs.of(x.T @ x)), k)
+    found = unpacked(*packed(rows, 4, Inputs.of(x.T @ x), block), k)
     assert found is not None
     values, step = found
     assert np.isfinite(values).all() and (np.abs(values - rows) <= (FURTHEST + 1e-3) * step).all()
@@ -138,6 +148,21 @@ def test_four_bits_are_rounded_as_asked(tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match="no rounding 'up'"):
         convert_precision(twin, tmp_path / "w.onnx", "int4-weight-only", ids(), rounding="up")  # type: ignore[arg-type]
+
+
+@needs_kernels
+@each
+@pytest.mark.parametrize("block", [64, 128])
+def test_longer_blocks_are_converted_rightly(precision: Any, block: int, tmp_path: Path) -> None:
+    twin, target = language_model(tmp_path / "m.onnx", tied=True, width=160), tmp_path / "w.onnx"
+    report = convert_precision(twin, target, precision, ids(), limit=loose(), block=block)
+    assert (
+        report.parity.error < (0.04 if precision.startswith("int8") else 0.35) and not report.tables
+    )  # 160 = 2.5 * 64
+    sizes = {a.i for n in onnx.load(target).graph.node for a in n.attribute if a.name == "block_size"}
+    assert sizes == {block} and stored_faults(twin, target, precision) == []
+    with pytest.raises(UsageError, match="no such block"):
+        convert_precision(twin, target, precision, ids(), block=48)
 
 
 @needs_kernels

@@ -8,27 +8,28 @@ from numpy.typing import NDArray
 from converters.precision.compensated import REACH, Inputs, compensated
 
 BLOCK = 32  # weights that share a scale; the shortest block is the most exact that ONNX Runtime's kernels are fast at
+BLOCKS = (32, 64, 128)
 SHARES = (1.05, 1.02, *(1 - 0.02 * i for i in range(13)))  # of a block's range, in 4 bits
 FURTHEST = REACH + 0.5  # steps that a weight in 4 bits may be stored off its fp32 value
 _MIDDLE = 128  # what stands for zero in 8 bits, where no zero points are stored
 
 
 def packed(
-    rows: NDArray[np.float32], bits: int, inputs: Inputs | None = None
+    rows: NDArray[np.float32], bits: int, inputs: Inputs | None = None, block: int = BLOCK
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None]:
     """Weights (N, K), a row an output, as MatMulNBits takes them: q (N, blocks, bytes of one), scales (N, blocks), and
     in 4 bits zero points (N, bytes).
 
-    Round to nearest in each block of `BLOCK` along a row: in 8 bits q = round(w / s) + 128 with s = max|w| / 127, in 4
+    Round to nearest in each `block` along a row: in 8 bits q = round(w / s) + 128 with s = max|w| / 127, in 4
     bits, where half of an uneven range would be lost, q = round(w / s) + z with s = (max - min) / 15, zero within.
     The last block of a row is filled up with zeros. In 4 bits, with what is known of the layer's `inputs`, the range of
     a block is the one that `fitted_range` finds, and it is rounded as `compensated` says.
     """
     n, k = rows.shape
-    blocks = -(-k // BLOCK)
-    w = np.zeros((n, blocks * BLOCK), np.float32)
+    blocks = -(-k // block)
+    w = np.zeros((n, blocks * block), np.float32)
     w[:, :k] = rows
-    w = w.reshape(n, blocks, BLOCK)
+    w = w.reshape(n, blocks, block)
     if bits == 8:
         scale = _nonzero(np.abs(w).max(-1) / np.float32(127))
         return (np.rint(w / scale[..., None]) + _MIDDLE).astype(np.uint8), scale, None
@@ -36,11 +37,11 @@ def packed(
         scale, zero = _range(w)
         q = _points(w, scale, zero)
     else:
-        felt = np.zeros(blocks * BLOCK, np.float32)
+        felt = np.zeros(blocks * block, np.float32)
         felt[:k] = inputs.power
-        scale, zero = fitted_range(w, felt.reshape(blocks, BLOCK))
-        steps, zeros = (np.repeat(part, BLOCK, axis=1)[:, :k] for part in (scale, zero))
-        q = np.repeat(zero[..., None], BLOCK, axis=-1)  # the filling: zeros
+        scale, zero = fitted_range(w, felt.reshape(blocks, block))
+        steps, zeros = (np.repeat(part, block, axis=1)[:, :k] for part in (scale, zero))
+        q = np.repeat(zero[..., None], block, axis=-1)  # the filling: zeros
         q.reshape(n, -1)[:, :k] = compensated(rows, steps, zeros, 15, inputs)
     return _paired(q.astype(np.uint8)), scale, _paired(zero.astype(np.uint8))
 
@@ -77,15 +78,16 @@ def unpacked(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """What `packed` stored, and the step of every weight: each (N, `length`). None for shapes that it does not make."""
     n, blocks = scale.shape if scale.ndim == 2 else (0, 0)
-    if q.ndim != 3 or q.shape[:2] != (n, blocks) or blocks != -(-length // BLOCK) or q.dtype != np.uint8:
+    block = 0 if q.ndim != 3 else q.shape[2] if zero is None else 2 * q.shape[2]
+    if block not in BLOCKS or q.shape[:2] != (n, blocks) or blocks != -(-length // block) or q.dtype != np.uint8:
         return None
-    if q.shape[2] == BLOCK and zero is None:
+    if zero is None:
         values, zeros = q.astype(np.float64), np.full((n, blocks), float(_MIDDLE))
-    elif q.shape[2] == BLOCK // 2 and zero is not None and zero.shape == (n, -(-blocks // 2)):
+    elif zero.shape == (n, -(-blocks // 2)):
         values, zeros = _single(q).astype(np.float64), _single(zero)[:, :blocks].astype(np.float64)
     else:
         return None
-    step = np.repeat(scale.astype(np.float64), BLOCK, axis=1)[:, :length]
+    step = np.repeat(scale.astype(np.float64), block, axis=1)[:, :length]
     found = (values - zeros[..., None]) * scale.astype(np.float64)[..., None]
     return found.reshape(n, -1)[:, :length], step
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from converters.precision.blocks import BLOCK, BLOCKS
 from converters.precision.formats import HALF, Limit, Precision, check_precision_name
 from converters.precision.given import check_batches, check_option, fp32_graph
 from converters.precision.int8 import Calibrate
@@ -60,6 +61,7 @@ def convert_precision(
     percentile: float = 99.999,
     reduce_range: bool = False,
     rounding: Rounding = "compensated",
+    block: int = BLOCK,
     agree: Agree | None = None,
     mask: str | None = None,
     limit: Limit | None = None,
@@ -72,10 +74,11 @@ def convert_precision(
 
     `calibration` are batches of real inputs: int8-static takes its ranges from them, int4-weight-only what it rounds
     weights for (`rounding`), the half precisions are checked for overflow on them, and predictions are compared on
-    them. `keep` are names or patterns of nodes that stay in fp32; with `overflow="keep"` so do those around values too
-    large for the format, which are refused otherwise. `caches` are inputs and outputs of the graph that a half
-    precision has in its format, and that may be empty. A graph that is not asked in one call comes with how it is
-    (`asked`), and the `questions` that take the place of `calibration` then. `where` names it in errors.
+    them. In the weight-only forms a `block` of weights shares a scale. `keep` are names or patterns of nodes that stay
+    in fp32; with `overflow="keep"` so do those around values too large for the format, which are refused otherwise.
+    `caches` are inputs and outputs of the graph that a half precision has in its format, and that may be empty. A graph
+    that is not asked in one call comes with how it is (`asked`), and the `questions` that take the place of
+    `calibration` then. `where` names it in errors.
     Raises UnsupportedModelError (overflow, nothing to convert), ParityError when the file is not its twin, UsageError,
     ArtifactError for a damaged `source`.
     """
@@ -84,6 +87,8 @@ def convert_precision(
     check_option("overflow", overflow, get_args(Overflow))
     check_option("calibrate", calibrate, get_args(Calibrate))
     check_option("rounding", rounding, get_args(Rounding))
+    if block not in BLOCKS:
+        raise UsageError("no such block", expected=f"one of {', '.join(map(str, BLOCKS))} weights", got=str(block))
     if not 50 < percentile <= 100:
         raise UsageError("no such percentile", expected="above 50, at most 100", got=str(percentile))
     if isinstance(keep, str):
@@ -105,6 +110,7 @@ def convert_precision(
                 percentile=percentile,
                 reduce_range=reduce_range,
                 rounding=rounding,
+                block=block,
             )
             facts = {"quantized": made.nodes, "tables": made.tables, "kept": dict.fromkeys(made.kept, "asked for")}
         nodes = _sign(temporary, precision)

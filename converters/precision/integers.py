@@ -25,11 +25,12 @@ def to_integers(
     percentile: float,
     reduce_range: bool,
     rounding: Rounding,
+    block: int,
 ) -> Quantized:
     """Write the fp32 file `source` in one of the integer precisions to `target`; `batches` are for int8-static and for
     int4-weight-only with compensated rounding. Raises NoLayerError for a graph without a linear layer."""
     if precision in WEIGHT_ONLY:
-        return quantize_weights(source, target, precision, keep, batches if rounding == "compensated" else ())
+        return quantize_weights(source, target, precision, keep, batches if rounding == "compensated" else (), block)
     return quantize(
         source,
         target,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.cache import is_cache
+from converters.precision.blocks import BLOCK
 from converters.precision.formats import HALF, Precision, check_precision_name
 from converters.precision.given import fp32_graph, matched, node_names
 from converters.precision.int8 import Calibrate, NoLayerError
@@ -27,6 +28,7 @@ def write_timed(
     calibrate: Calibrate = "minmax",
     percentile: float = 99.999,
     reduce_range: bool = False,
+    block: int = BLOCK,
 ) -> None:
     """Write the fp32 file `source` in `precision` to `target`: the nodes of `convert_precision`, whose options these
     are, without its proof (and without the nodes that a half precision keeps in fp32 for values that overflow).
@@ -53,6 +55,7 @@ def write_timed(
                 percentile=percentile,
                 reduce_range=reduce_range,
                 rounding="nearest",  # which takes as long to run
+                block=block,
             )
     except NoLayerError:
         shutil.copyfile(source, target)

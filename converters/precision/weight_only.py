@@ -67,10 +67,11 @@ def quantize_weights(
     precision: str,
     keep: Sequence[str] = (),
     batches: Sequence[Mapping[str, np.ndarray]] = (),
+    block: int = BLOCK,
 ) -> Quantized:
-    """Write an fp32 file with its linear layers' weights in 8 or 4 bits. `keep` are names or patterns of nodes. In 4
-    bits and with calibration `batches` weights make up for each other's rounding (compensated.py); else each is
-    rounded to the nearest.
+    """Write an fp32 file with its linear layers' weights in 8 or 4 bits, `block` of which share a scale. `keep` are
+    names or patterns of nodes. In 4 bits and with calibration `batches` weights make up for each other's rounding
+    (compensated.py); else each is rounded to the nearest.
 
     Raises UnavailableError for an onnxruntime that cannot run it, UnsupportedModelError when no layer is left to
     quantise, or the graph is none that this can be done to, UsageError for a pattern that names no node.
@@ -88,7 +89,7 @@ def quantize_weights(
     chosen = {layer.node.output[0]: layer for layer in layers if layer.node.name not in kept}
     if not chosen:
         raise NoLayerError(source, len(layers))
-    tables = _tables(graph, kept, chosen)
+    tables = _tables(graph, kept, chosen, block)
     outer = _outermost(graph)
     fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)
     rounded = [layer for layer in chosen.values() if layer.weight not in fine and BITS[precision] == 4]
@@ -104,7 +105,7 @@ def quantize_weights(
                     "a weight is not finite", where=str(source), got=weight, remedy="Keep its node in fp32 by name."
                 )
             bits = 8 if weight in fine else BITS[precision]
-            q, scale, zero = packed(values if by_row else values.T, bits, inputs.get(weight))
+            q, scale, zero = packed(values if by_row else values.T, bits, inputs.get(weight), block)
             parts: dict[str, np.ndarray] = {base + QUANTIZED: q, base + SCALE: scale}
             if zero is not None:
                 parts[base + ZERO_POINT] = zero
@@ -121,7 +122,7 @@ def quantize_weights(
         layer = chosen.get(node.output[0]) if node.output else None
         if layer is not None:
             bits = 8 if layer.weight in fine else BITS[precision]
-            nodes.append(_product(node, store(layer.weight, layer.by_row), _widths(layer, stored), bits))
+            nodes.append(_product(node, store(layer.weight, layer.by_row), _widths(layer, stored), bits, block))
         elif node.op_type == "Gather" and node.input[0] in tables:
             nodes += _rows(node, store(node.input[0], True), stored[node.input[0]].dims[1])
         else:
@@ -204,7 +205,7 @@ def _widths(layer: _Layer, stored: dict[str, onnx.TensorProto]) -> tuple[int, in
     return (second, first) if layer.by_row else (first, second)
 
 
-def _product(node: onnx.NodeProto, weight: list[str], widths: tuple[int, int], bits: int) -> onnx.NodeProto:
+def _product(node: onnx.NodeProto, weight: list[str], widths: tuple[int, int], bits: int, block: int) -> onnx.NodeProto:
     """y = x Wᵀ + b over the blocks of W."""
     from onnx import helper
 
@@ -212,13 +213,13 @@ def _product(node: onnx.NodeProto, weight: list[str], widths: tuple[int, int], b
     if len(node.input) > 2:
         inputs += ["", node.input[2]]  # no order of groups; the bias
     k, n = widths
-    about: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    about: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
     while not inputs[-1]:
         inputs.pop()
     return helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **about)
 
 
-def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer]) -> list[str]:
+def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer], block: int) -> list[str]:
     """Stored tables of whole blocks that nodes read by row alone (Gather), or as the weight of a layer that is chosen
     too; a small one only in the latter case."""
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -238,7 +239,7 @@ def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer]
     found = []
     for stored in graph.initializer:
         name, users = stored.name, readers.get(stored.name, [])
-        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % BLOCK or name in outputs:
+        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % block or name in outputs:
             continue
         gathered = [node for node in users if node.op_type == "Gather"]
         if not gathered or not all(goes(name, node) for node in users):

@@ -83,6 +83,7 @@ def timed_graph(setup: Setup) -> Graph:
             "calibrate": how.calibrate,
             "percentile": how.percentile,
             "reduce_range": how.reduce_range,
+            "block": how.block,
         },
         making.calibration_of(setup) if timed.precision == "int8-static" else (),
     )

@@ -215,6 +215,7 @@ def options_of(setup: Setup, precision: str) -> dict[str, Any]:
         "percentile": how.percentile,
         "reduce_range": how.reduce_range,
         "rounding": how.rounding,
+        "block": how.block,
         "agree": _agree(setup),
         "limit": limit_of(setup, precision),
     }

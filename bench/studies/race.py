@@ -47,6 +47,7 @@ TERMS = {  # those of the committed races
     "vit-tiny-imagenet": Terms(1000, 32),
     "distilbert-sst2": Terms(1024, 32),
     "minilm-stsb": Terms(2048, 32),
+    "swin-cifar10": Terms(2000, 32),
     "smollm2-wikitext": Terms(16, 2, 8),
 }
 

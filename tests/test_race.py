@@ -203,6 +203,12 @@ def test_a_score_by_counts_is_that_of_repeated_examples(metric):
     assert counted(metric, rows)(often.astype(float)) == pytest.approx(expected)
 
 
+def test_a_best_other_that_loses_nothing_is_reported_without_a_share(tmp_path: Path) -> None:
+    told = full(made_up(tmp_path / "r.json", spp=170, obs=180, fisher=100))
+    assert "The one other that loses least over all sizes is obs" in told
+    assert "of which ours loses" not in told and "nan" not in told
+
+
 def test_two_plans_are_compared_by_their_metric_over_the_same_examples() -> None:
     from bench.studies.judging import metric_difference
 

@@ -269,7 +269,7 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
         lines += [
             "",
             f"The one other that loses least over all sizes is {name} ({shown_form(name, form)}): "
-            f"{_figure(mean, unit)} on average, of which ours loses {over.lost / mean:.2f}.",
+            f"{_figure(mean, unit)} on average{_of_which(over.lost, mean)}.",
         ]
     if trained is None:
         over = summary(points(result, ("own",), without=_our_refit()))
@@ -277,7 +277,7 @@ def verdicts(result: RaceResult, trained: str | None = None) -> list[str]:
             "",
             f"Against the others as published, without our refit: ahead at {over.ahead} of {over.points} sizes, behind "
             f"at {over.behind}; {_figure(over.lost, unit)} {unit} lost where the best of them loses "
-            f"{_figure(over.other_lost, unit)}: {over.share:.2f} of it.",
+            f"{_figure(over.other_lost, unit)}" + (f": {over.share:.2f} of it." if over.other_lost > 0 else "."),
         ]
     return lines
 
@@ -289,9 +289,14 @@ def _fairly(found: Sequence[Point], fair: Sequence[Apart]) -> str:
     ours, theirs = (sum(each) / len(fair) for each in ([p.lost for p in found], [a.other_lost for a in fair]))
     return (
         f"Chosen on other examples than those that judge it, the best other loses {_figure(theirs, unit)} {unit} on "
-        f"average{f', of which ours loses {ours / theirs:.2f}' if theirs > 0 else ''}; ours is ahead at "
+        f"average{_of_which(ours, theirs)}; ours is ahead at "
         f"{standings.count('ahead')} and behind at {standings.count('behind')}."
     )
+
+
+def _of_which(ours: float, theirs: float) -> str:
+    """Which share ours loses of what others lose, where they lose anything."""
+    return f", of which ours loses {ours / theirs:.2f}" if theirs > 0 else ""
 
 
 def _verdict_line(result: RaceResult, p: Point, a: Apart) -> str:

@@ -11,7 +11,7 @@ from bench.studies.contestants import contestants
 from bench.studies.race import TERMS, Race, Terms
 from bench.studies.race_analysis import SCORES, apart, counted, lost, paired, points, summary
 from bench.studies.race_extras import recover_best
-from bench.studies.race_report import BEGIN, END, full, pages, plot, with_section
+from bench.studies.race_report import BEGIN, END, full, in_short, pages, plot, with_section
 from bench.studies.race_result import RaceResult, key_of
 from deploy_prune.errors import UsageError
 from deploy_prune.pipeline.setup import prepare
@@ -207,6 +207,7 @@ def test_a_best_other_that_loses_nothing_is_reported_without_a_share(tmp_path: P
     told = full(made_up(tmp_path / "r.json", spp=170, obs=180, fisher=100))
     assert "The one other that loses least over all sizes is obs" in told
     assert "of which ours loses" not in told and "nan" not in told
+    assert "|  |" in in_short([made_up(tmp_path / "r.json", spp=170, obs=180, fisher=100)])
 
 
 def test_two_plans_are_compared_by_their_metric_over_the_same_examples() -> None:

@@ -164,3 +164,16 @@ def test_a_recipe_whose_bundle_would_not_hold_what_was_timed_is_refused(
     fits = {"export": {"cache": True}, "precision": {"also": ["int8-dynamic"]}}
     recipe_from({**recipe, **fits})
     recipe_from({**recipe, "family": {"sparsities": [0.3], "latency": latency}})  # nothing is timed by it
+
+
+def test_how_weights_are_rounded_reaches_what_ships_and_what_is_timed() -> None:
+    from deploy_prune.pipeline.choosing import timed_graph
+    from deploy_prune.pipeline.precisions import options_of
+    from deploy_prune.pipeline.setup import prepare
+    from deploy_prune.recipe import load_recipe
+
+    changes = ("precision.also=[int4-weight-only]", "precision.rounding=nearest", "precision.block=64")
+    setup = prepare(load_recipe("digits", ["model=python:deploy_prune.demo:digits_vit_untrained", *changes]))
+    ships = options_of(setup, "int4-weight-only")
+    assert (ships["rounding"], ships["block"]) == ("nearest", 64)
+    assert timed_graph(setup).options["block"] == 64

@@ -66,7 +66,7 @@ def test_compensated_weights_are_moved_no_further_than_a_file_may_be_off(
     generator = np.random.default_rng(seed)
     rows = generator.standard_normal((n, k)).astype(np.float32)
     x = generator.standard_normal((tokens, 3)) @ generator.standard_normal((3, k)) * size  # far from full rank
-    found = unpacked(*packed(rows, 4, Inputs.of(x.T @ x), block), k)
+    found = unpacked(*packed(rows, 4, Inputs.of(x.T @ x, 10**6), block), k)
     assert found is not None
     values, step = found
     assert np.isfinite(values).all() and (np.abs(values - rows) <= (FURTHEST + 1e-3) * step).all()
@@ -82,12 +82,19 @@ def test_compensation_lowers_the_error_of_outputs_where_inputs_go_together() -> 
         assert found is not None
         return float(np.linalg.norm(of @ (rows - found[0]).T))
 
-    assert error(Inputs.of(x.T @ x), x) < 0.85 * error(None, x)
+    assert error(Inputs.of(x.T @ x, 900), x) < 0.85 * error(None, x)
     sizes = np.arange(1.0, 161, dtype=np.float32)
-    apart = Inputs.of(np.diag(sizes**2))
+    apart = Inputs.of(np.diag(sizes**2), 160)
     assert error(apart, np.diag(sizes)) < error(None, np.diag(sizes))
     found = unpacked(*packed(rows, 4, apart), 160)  # nothing to make up: each to the nearest, but beyond the range
     assert found is not None and (np.abs(found[0] - rows) > 0.501 * found[1]).mean() < 0.1
+
+
+def test_few_vectors_say_nothing_of_what_goes_together() -> None:
+    x = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
+    second = x.T @ x
+    assert (Inputs.of(second, 63).upper == np.diag(np.diag(Inputs.of(second, 63).upper))).all()
+    assert np.abs(np.triu(Inputs.of(second, 64).upper, 1)).max() > 0
 
 
 def test_the_range_of_a_block_is_the_one_that_loses_least() -> None:
@@ -122,10 +129,12 @@ def test_second_moments_are_those_of_what_a_graph_computes(tmp_path: Path, monke
         monkeypatch.setattr(module, "_AT_ONCE", at_once)
         passes.clear()
         found = module.second_moments(model, tmp_path, {"x": 64, "a": 96}, batches)
-        assert found["x"] == pytest.approx(x.T @ x, abs=1e-4) and found["a"] == pytest.approx(a.T @ a, abs=1e-4)
+        assert found["x"].matrix == pytest.approx(x.T @ x, abs=1e-4) and found["x"].vectors == len(x)
+        assert found["a"].matrix == pytest.approx(a.T @ a, abs=1e-4)
         assert len(passes) == many
     monkeypatch.setattr(module, "ENOUGH", 18 / 96)  # vectors of the first batch for each dimension
-    assert module.second_moments(model, tmp_path, {"a": 96}, batches)["a"] == pytest.approx(a[:18].T @ a[:18], abs=1e-4)
+    few = module.second_moments(model, tmp_path, {"a": 96}, batches)["a"]
+    assert few.matrix == pytest.approx(a[:18].T @ a[:18], abs=1e-4) and few.vectors == 18
     (table,) = (i for i in model.graph.initializer if i.name == "up.T")
     table.CopyFrom(numpy_helper.from_array(np.full((64, 96), np.float32(3e38)), "up.T"))
     with pytest.raises(ArtifactError, match="NaN or infinity"):
@@ -156,13 +165,14 @@ def test_four_bits_are_rounded_as_asked(tmp_path: Path) -> None:
 def test_longer_blocks_are_converted_rightly(precision: Any, block: int, tmp_path: Path) -> None:
     twin, target = language_model(tmp_path / "m.onnx", tied=True, width=160), tmp_path / "w.onnx"
     report = convert_precision(twin, target, precision, ids(), limit=loose(), block=block)
-    assert (
-        report.parity.error < (0.04 if precision.startswith("int8") else 0.35) and not report.tables
-    )  # 160 = 2.5 * 64
-    sizes = {a.i for n in onnx.load(target).graph.node for a in n.attribute if a.name == "block_size"}
-    assert sizes == {block} and stored_faults(twin, target, precision) == []
-    with pytest.raises(UsageError, match="no such block"):
-        convert_precision(twin, target, precision, ids(), block=48)
+    assert report.parity.error < (0.04 if precision.startswith("int8") else 0.35) and report.tables == ("table",)
+    layers = [n for n in onnx.load(target).graph.node if n.op_type == "MatMulNBits"]
+    sizes = {n.name: next(a.i for a in n.attribute if a.name == "block_size") for n in layers}
+    assert sizes == {"up": block, "down": block, "head": 32}  # which shares a table of rows of 160 = 5 * 32
+    assert stored_faults(twin, target, precision) == []
+    for wrong in (48, 64.0):
+        with pytest.raises(UsageError, match="no such block"):
+            convert_precision(twin, target, precision, ids(), block=wrong)  # type: ignore[arg-type]
 
 
 @needs_kernels
@@ -179,7 +189,7 @@ def test_a_weight_of_two_layers_is_rounded_for_the_inputs_of_both(tmp_path: Path
     twin = graph_of(tmp_path / "m.onnx", nodes, {"w": square(), "v": square(1)})
     convert_precision(twin, tmp_path / "w.onnx", "int4-weight-only", [{"x": x}], limit=loose())
     t = np.tanh(x @ square())
-    q, scale, zero = packed(square().T, 4, Inputs.of(x.T @ x + t.T @ t))
+    q, scale, zero = packed(square().T, 4, Inputs.of(x.T @ x + t.T @ t, 800))
     held = {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / "w.onnx").graph.initializer}
     assert (held["w_Transposed_scale"] == scale).all() and (held["w_Transposed_zero_point"] == zero).all()
     assert (held["w_Transposed_quantized"] == q).mean() > 0.98  # sums in another order round others
@@ -289,11 +299,26 @@ def test_wrong_values_scales_and_zero_points_are_found(precision: str, part: str
     proto = onnx.load(target)
     (stored,) = (i for i in proto.graph.initializer if i.name == f"down{part}")
     values = numpy_helper.to_array(stored).copy()
-    values[3] = values[3] * np.float32(1.2) if part == "_scale" else values[3] ^ 0x30
+    values[3] = (
+        values[3] * np.float32(1.5 if precision.startswith("int4") else 1.2) if part == "_scale" else values[3] ^ 0x30
+    )
     stored.CopyFrom(numpy_helper.from_array(values, stored.name))
     onnx.save(proto, target)
     with pytest.raises(ParityError, match="down is off the fp32 weight"):
         prove(twin, target, precision, ids(), limit=loose())
+
+
+@needs_kernels
+def test_values_that_are_all_a_little_off_are_found(tmp_path: Path) -> None:
+    twin, target = language_model(tmp_path / "m.onnx", tied=True), tmp_path / "w.onnx"
+    convert_precision(twin, target, "int4-weight-only", ids(), limit=loose())
+    proto = onnx.load(target)
+    (stored,) = (i for i in proto.graph.initializer if i.name == "down_zero_point")
+    values = numpy_helper.to_array(stored)
+    stored.CopyFrom(numpy_helper.from_array((values + 0x11).astype(np.uint8), stored.name))  # all zero points by one
+    onnx.save(proto, target)
+    (fault,) = stored_faults(twin, target, "int4-weight-only")
+    assert fault.startswith("down is off the fp32 weight by")
 
 
 @needs_kernels
@@ -333,6 +358,7 @@ def node(op: str, inputs: str, output: str, name: str | None = None, **how: Any)
     return helper.make_node(op, inputs.split(), [output], output if name is None else name, **how)
 
 
+UNEVEN = np.random.default_rng(7).standard_normal((64, 96)).astype(np.float32) / 8
 ROWS = [{"x": np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)}]
 GRAPHS: dict[str, tuple[list[onnx.NodeProto], dict[str, int]]] = {
     # name -> (nodes, bits of its layers in int4)
@@ -343,6 +369,16 @@ GRAPHS: dict[str, tuple[list[onnx.NodeProto], dict[str, int]]] = {
     "one weight both ways": (
         [node("MatMul", "x w", "h"), node("Tanh", "h", "t"), node("Gemm", "t w", "y", transB=1)],
         {"h": 8, "y": 8},
+    ),
+    "one weight both ways, within": (
+        [
+            node("MatMul", "x u", "h"),
+            node("Tanh", "h", "t"),
+            node("Gemm", "t u", "z", transB=1),
+            node("Tanh", "z", "s"),
+            node("MatMul", "s v", "y"),
+        ],
+        {"h": 4, "z": 4, "y": 8},
     ),
     "nodes without names": (
         [node("MatMul", "x w", "h", ""), node("Tanh", "h", "t", ""), node("MatMul", "t v", "y", "")],
@@ -379,7 +415,7 @@ GRAPHS: dict[str, tuple[list[onnx.NodeProto], dict[str, int]]] = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_unusual_graphs_are_converted_rightly(name: str, precision: str, tmp_path: Path) -> None:
     nodes, bits = GRAPHS[name]
-    stored = {"w": square(), "v": square(1), "two": np.array(2.0), "one": np.array([0.5])}
+    stored = {"w": square(), "v": square(1), "u": UNEVEN, "two": np.array(2.0), "one": np.array([0.5])}
     read = {each for node in nodes for each in node.input}
     twin = graph_of(tmp_path / "m.onnx", nodes, {k: v for k, v in stored.items() if k in read})
     target = tmp_path / "w.onnx"
@@ -421,9 +457,11 @@ def test_what_cannot_be_converted_is_refused_in_words(precision: Any, tmp_path: 
     nodes = [node("MatMul", "x w", "h"), node("Tanh", "h", "y")]
     endless = square()
     endless[3, 5] = np.inf
-    twin = graph_of(tmp_path / "m.onnx", nodes, {"w": endless})
-    with pytest.raises(UnsupportedModelError, match="a weight is not finite"):
-        convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
+    more = [nodes[0], node("Tanh", "h", "t"), node("MatMul", "t v", "y")]
+    for made, weights in ((nodes, {"w": endless}), (more, {"w": endless, "v": square(1)})):
+        twin = graph_of(tmp_path / "m.onnx", made, weights)
+        with pytest.raises(UnsupportedModelError, match="a weight is not finite"):
+            convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
     twin = graph_of(tmp_path / "m.onnx", nodes, {"w": square()}, opset=12)
     with pytest.raises(UnsupportedModelError, match="opset 13 or newer"):
         convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())

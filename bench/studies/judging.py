@@ -82,6 +82,8 @@ def metric_difference(
     from bench.studies.race_analysis import SCORES, paired_rows
 
     if metric not in SCORES:
+        if ours.ndim > 1:  # so many of so many, of every text
+            ours, rival = (rows[:, 0] / rows[:, 1] for rows in (ours, rival))
         return difference(ours, rival, names)
     score, unit = SCORES[metric]
     apart = paired_rows(metric, rival, ours)

@@ -139,9 +139,10 @@ def in_short(results: Sequence[RaceResult]) -> str:
         cells = [f"{p.asked:.0%}: {written(result, p.ours)} ({written(result, p.other)})" for p in found]
         over, one = summary(found), best_throughout(result)
         published = summary(points(result, ("own",), without=_our_refit()))
+        share = f"{over.lost / one[2]:.2f}" if one is not None and one[2] > 0 else ""
         lines.append(
             f"| {title}, {head['metric']} | {_others(result)} | {written(result, result.rows[f'{DENSE}/{DENSE}/0'])} | "
-            f"{', '.join(cells)} | {_of_best(over)} | {'' if one is None else f'{over.lost / one[2]:.2f}'} | "
+            f"{', '.join(cells)} | {_of_best(over)} | {share} | "
             f"{_of_best(published)} |"
         )
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from converters.precision.compensated import REACH, Inputs, compensated
 
 BLOCK = 32  # weights that share a scale; the shortest block is the most exact that ONNX Runtime's kernels are fast at
 BLOCKS = (32, 64, 128)
-SHARES = (1.05, 1.02, *(1 - 0.02 * i for i in range(13)))  # of a block's range, in 4 bits
+SHARES = (1.0, 1.05, 1.02, *(1 - 0.02 * i for i in range(1, 13)))  # of a block's range, in 4 bits
 FURTHEST = REACH + 0.5  # steps that a weight in 4 bits may be stored off its fp32 value
 _MIDDLE = 128  # what stands for zero in 8 bits, where no zero points are stored
 

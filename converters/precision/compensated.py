@@ -32,9 +32,12 @@ class Inputs:
     upper: NDArray[np.float32]
 
     @staticmethod
-    def of(second: NDArray[np.floating]) -> Inputs:
-        """From second moments (K, K), up to a factor; inputs that are always zero count as small ones."""
+    def of(second: NDArray[np.floating], vectors: int) -> Inputs:
+        """From second moments (K, K), up to a factor, of so many `vectors`. Inputs that are always zero count as small
+        ones; of fewer vectors than dimensions what goes together is chance, and only their power counts."""
         h = second.astype(np.float64)
+        if vectors < len(h):
+            h = np.diag(np.diag(h))
         power = np.diag(h).astype(np.float32)
         mean = float(np.mean(power))
         h[np.diag_indices_from(h)] += DAMPING * mean if mean > 0 else 1.0

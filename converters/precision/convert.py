@@ -87,7 +87,7 @@ def convert_precision(
     check_option("overflow", overflow, get_args(Overflow))
     check_option("calibrate", calibrate, get_args(Calibrate))
     check_option("rounding", rounding, get_args(Rounding))
-    if block not in BLOCKS:
+    if type(block) is not int or block not in BLOCKS:
         raise UsageError("no such block", expected=f"one of {', '.join(map(str, BLOCKS))} weights", got=str(block))
     if not 50 < percentile <= 100:
         raise UsageError("no such percentile", expected="above 50, at most 100", got=str(percentile))

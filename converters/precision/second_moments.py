@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from deploy_prune.errors import ArtifactError
 
@@ -17,13 +17,19 @@ ENOUGH = 16  # vectors for each of a value's dimensions, after which no more dat
 _AT_ONCE = 2**30  # bytes of matrices that one pass over the data makes
 
 
+class Moments(NamedTuple):
+    """Σ x xᵀ (width, width), float32, over so many `vectors` x."""
+
+    matrix: np.ndarray
+    vectors: int
+
+
 def second_moments(
     model: onnx.ModelProto, path: Path, widths: Mapping[str, int], batches: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Value -> Σ x xᵀ (width, width) over the vectors on the last axis of the value, float32, in as many of the
-    `batches` as are `ENOUGH`. `path` names the graph in errors. Padding counts like text. Raises ArtifactError for
-    values that are not finite."""
-    found: dict[str, np.ndarray] = {}
+) -> dict[str, Moments]:
+    """Value -> the moments of the vectors on its last axis, of as many of the `batches` as are `ENOUGH`. `path` names
+    the graph in errors. Padding counts like text. Raises ArtifactError for values that are not finite."""
+    found: dict[str, Moments] = {}
     for part in _parts(widths):
         found |= _summed(model, path, part, batches)
     return found
@@ -43,7 +49,7 @@ def _parts(widths: Mapping[str, int]) -> Iterator[dict[str, int]]:
 
 def _summed(
     model: onnx.ModelProto, path: Path, widths: Mapping[str, int], batches: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Moments]:
     import numpy as np
     import onnx
     from onnx import helper
@@ -77,4 +83,4 @@ def _summed(
             seen[name] += int(vectors[0])
     if bad := [name for name, matrix in total.items() if not np.isfinite(matrix).all()]:
         raise ArtifactError("the fp32 graph computes NaN or infinity", where=str(path), got=f"value {bad[0]}")
-    return total
+    return {name: Moments(matrix, seen[name]) for name, matrix in total.items()}

@@ -8,15 +8,16 @@ tables of embeddings, with which it may share its weight, have 8 bits in either 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from converters.cache import is_cache
-from converters.precision.blocks import BLOCK, packed
+from converters.precision.blocks import BLOCK, BLOCKS, packed
 from converters.precision.compensated import Inputs
 from converters.precision.given import matching
 from converters.precision.int8 import (
@@ -89,23 +90,22 @@ def quantize_weights(
     chosen = {layer.node.output[0]: layer for layer in layers if layer.node.name not in kept}
     if not chosen:
         raise NoLayerError(source, len(layers))
-    tables = _tables(graph, kept, chosen, block)
+    _refuse_not_finite([stored[layer.weight] for layer in chosen.values()], source)
+    tables = _tables(graph, kept, chosen)
+    whole = {name: max(b for b in BLOCKS if b <= block and not stored[name].dims[1] % b) for name in tables}
     outer = _outermost(graph)
     fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)
     rounded = [layer for layer in chosen.values() if layer.weight not in fine and BITS[precision] == 4]
-    inputs = _inputs_of(rounded, model, source, stored, batches) if batches else {}
+    inputs_of = _known_inputs(rounded, model, source, stored, batches)
     made: dict[str, list[str]] = {}  # what a weight is called, turned or not -> the names of its parts
 
     def store(weight: str, by_row: bool) -> list[str]:
         base = weight if by_row else weight + TRANSPOSED
         if base not in made:
             values = numpy_helper.to_array(stored[weight])
-            if not np.isfinite(values).all():
-                raise UnsupportedModelError(
-                    "a weight is not finite", where=str(source), got=weight, remedy="Keep its node in fp32 by name."
-                )
             bits = 8 if weight in fine else BITS[precision]
-            q, scale, zero = packed(values if by_row else values.T, bits, inputs.get(weight), block)
+            inputs = inputs_of(weight, by_row)
+            q, scale, zero = packed(values if by_row else values.T, bits, inputs, whole.get(weight, block))
             parts: dict[str, np.ndarray] = {base + QUANTIZED: q, base + SCALE: scale}
             if zero is not None:
                 parts[base + ZERO_POINT] = zero
@@ -122,7 +122,8 @@ def quantize_weights(
         layer = chosen.get(node.output[0]) if node.output else None
         if layer is not None:
             bits = 8 if layer.weight in fine else BITS[precision]
-            nodes.append(_product(node, store(layer.weight, layer.by_row), _widths(layer, stored), bits, block))
+            parts, own = store(layer.weight, layer.by_row), whole.get(layer.weight, block)
+            nodes.append(_product(node, parts, _widths(layer, stored), bits, own))
         elif node.op_type == "Gather" and node.input[0] in tables:
             nodes += _rows(node, store(node.input[0], True), stored[node.input[0]].dims[1])
         else:
@@ -142,22 +143,38 @@ def quantize_weights(
     return Quantized(tuple(layer.name for layer in chosen.values()), tuple(sorted(kept)), tuple(tables))
 
 
-def _inputs_of(
+def _known_inputs(
     layers: Sequence[_Layer],
     model: onnx.ModelProto,
     source: Path,
     stored: dict[str, onnx.TensorProto],
     batches: Sequence[Mapping[str, np.ndarray]],
-) -> dict[str, Inputs]:
-    """Weight -> what is known of what its layers read."""
-    read: dict[str, list[str]] = {}
-    for layer in layers:
-        read.setdefault(layer.weight, []).append(layer.node.input[0])
+) -> Callable[[str, bool], Inputs | None]:
+    """(weight, by row) -> what is known of the inputs of the layers that read it so; None without `batches` and for
+    weights of other layers."""
+    read: dict[tuple[str, bool], list[str]] = {}
+    for layer in layers if batches else ():
+        read.setdefault((layer.weight, layer.by_row), []).append(layer.node.input[0])
     widths = {layer.node.input[0]: _widths(layer, stored)[0] for layer in layers}
-    found = second_moments(model, source, widths, batches)
-    together = {tuple(names) for names in read.values()}
-    known = {names: Inputs.of(np.sum([found[name] for name in names], axis=0)) for names in together}
-    return {weight: known[tuple(names)] for weight, names in read.items()}
+    found = second_moments(model, source, widths, batches) if read else {}
+
+    @lru_cache(maxsize=1)  # layers that read the same come one after the other
+    def known(names: tuple[str, ...]) -> Inputs:
+        return Inputs.of(
+            np.sum([found[name].matrix for name in names], axis=0), sum(found[name].vectors for name in names)
+        )
+
+    return lambda weight, by_row: known(tuple(names)) if (names := read.get((weight, by_row))) else None
+
+
+def _refuse_not_finite(weights: Iterable[onnx.TensorProto], source: Path) -> None:
+    from onnx import numpy_helper
+
+    for weight in weights:
+        if not np.isfinite(numpy_helper.to_array(weight)).all():
+            raise UnsupportedModelError(
+                "a weight is not finite", where=str(source), got=weight.name, remedy="Keep its node in fp32 by name."
+            )
 
 
 def _check_opset(model: onnx.ModelProto, source: Path) -> None:
@@ -219,7 +236,7 @@ def _product(node: onnx.NodeProto, weight: list[str], widths: tuple[int, int], b
     return helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **about)
 
 
-def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer], block: int) -> list[str]:
+def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer]) -> list[str]:
     """Stored tables of whole blocks that nodes read by row alone (Gather), or as the weight of a layer that is chosen
     too; a small one only in the latter case."""
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -239,7 +256,7 @@ def _tables(graph: onnx.GraphProto, kept: set[str], chosen: Mapping[str, _Layer]
     found = []
     for stored in graph.initializer:
         name, users = stored.name, readers.get(stored.name, [])
-        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % block or name in outputs:
+        if stored.data_type != 1 or len(stored.dims) != 2 or stored.dims[1] % BLOCK or name in outputs:
             continue
         gathered = [node for node in users if node.op_type == "Gather"]
         if not gathered or not all(goes(name, node) for node in users):

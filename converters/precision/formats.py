@@ -27,7 +27,7 @@ class Limit:
 
 
 # Errors: several times the largest seen on ViT-Tiny and DistilBERT, dense and cut (bench/notes.md, "Precision"); of
-# weights alone, seen on SmolLM2 dense: 0.07 in 8 bits, 0.52 in 4, which is near its limit.
+# weights alone, seen on SmolLM2: 0.07 in 8 bits, in 4 bits 0.52 dense and 0.61 cut, which is near its limit.
 # Agreement: a judgement, not a measurement; ViT-Tiny in int8-static has about 0.90 and may pass, in int8-dynamic 0.875
 # and may not. What limits so wide let pass, a weight stored wrong, is found value by value (stored.py).
 LIMITS: dict[str, Limit] = {
@@ -36,7 +36,7 @@ LIMITS: dict[str, Limit] = {
     "int8-dynamic": Limit(0.6, 0.90, 0.05),
     "int8-static": Limit(0.6, 0.80, 0.05),
     "int8-weight-only": Limit(0.3, 0.90, 0.05),
-    "int4-weight-only": Limit(0.6, 0.80, 0.05),
+    "int4-weight-only": Limit(0.8, 0.80, 0.05),
 }
 
 # Which formats each runtime of `bench` computes in. ONNX Runtime on the CPU runs fp16 files by casting to fp32 and

@@ -225,3 +225,6 @@ def test_two_plans_are_compared_by_their_metric_over_the_same_examples() -> None
     texts = np.stack([np.full(8, 30.0), np.full(8, 10.0)], 1)  # nats of tokens, tokens
     better = metric_difference("perplexity", texts, texts + np.array([5.0, 0.0]))
     assert better["unit"] == "nats" and better["difference"] == pytest.approx(0.5)
+    agreeing = np.stack([np.full(8, 6.0), np.full(8, 10.0)], 1)  # tokens that agree, tokens
+    found = metric_difference("agreement", agreeing, agreeing - np.array([1.0, 0.0]))
+    assert (found["ours"], found["difference"]) == (pytest.approx(0.6), pytest.approx(0.1))

@@ -462,6 +462,14 @@ def test_what_cannot_be_converted_is_refused_in_words(precision: Any, tmp_path: 
         twin = graph_of(tmp_path / "m.onnx", made, weights)
         with pytest.raises(UnsupportedModelError, match="a weight is not finite"):
             convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())
+    model = onnx.load(language_model(tmp_path / "m.onnx", tied=False))
+    (table,) = (i for i in model.graph.initializer if i.name == "table")
+    values = numpy_helper.to_array(table).copy()
+    values[3, 5] = np.nan  # in a table that no layer reads, of a row that no batch asks for
+    table.CopyFrom(numpy_helper.from_array(values, "table"))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="a weight is not finite"):
+        convert_precision(tmp_path / "m.onnx", tmp_path / "w.onnx", precision, [{"ids": np.array([[1, 2]])}])
     twin = graph_of(tmp_path / "m.onnx", nodes, {"w": square()}, opset=12)
     with pytest.raises(UnsupportedModelError, match="opset 13 or newer"):
         convert_precision(twin, tmp_path / "w.onnx", precision, ROWS, limit=loose())

@@ -90,8 +90,8 @@ def quantize_weights(
     chosen = {layer.node.output[0]: layer for layer in layers if layer.node.name not in kept}
     if not chosen:
         raise NoLayerError(source, len(layers))
-    _refuse_not_finite([stored[layer.weight] for layer in chosen.values()], source)
     tables = _tables(graph, kept, chosen)
+    _refuse_not_finite([stored[name] for name in (*(layer.weight for layer in chosen.values()), *tables)], source)
     whole = {name: max(b for b in BLOCKS if b <= block and not stored[name].dims[1] % b) for name in tables}
     outer = _outermost(graph)
     fine = {layer.weight for output, layer in chosen.items() if output in outer} | set(tables)

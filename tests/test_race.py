@@ -11,7 +11,8 @@ from bench.studies.contestants import contestants
 from bench.studies.race import TERMS, Race, Terms
 from bench.studies.race_analysis import SCORES, apart, counted, lost, paired, points, summary
 from bench.studies.race_extras import recover_best
-from bench.studies.race_report import BEGIN, END, full, in_short, pages, plot, with_section
+from bench.studies.race_plot import plot
+from bench.studies.race_report import BEGIN, END, full, in_short, pages, with_section
 from bench.studies.race_result import RaceResult, key_of
 from deploy_prune.errors import UsageError
 from deploy_prune.pipeline.setup import prepare

@@ -250,3 +250,8 @@ def summary(found: list[Point]) -> Summary:
         float(np.mean([p.other_lost for p in found])) if found else float("nan"),
         float(np.mean(shares)) if shares else float("nan"),
     )
+
+
+def sizes_of(result: RaceResult) -> list[float]:
+    """The shares that were asked to be removed, rising."""
+    return sorted({row["asked"] for row in result.rows.values() if row["contestant"] != DENSE})
